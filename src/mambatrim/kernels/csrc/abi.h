@@ -1,0 +1,64 @@
+// The plain C interface between Python and the kernels: every field is 8 bytes wide, so that Python packs a record with
+// struct.pack and no header of Python or torch is needed. Pointers travel as integers; strides count elements.
+//
+// Letters as in kernels/reference.py: B batch, L tokens, E channels (d_inner), N states, R dt_rank, S directions.
+#pragma once
+#include <cstdint>
+
+struct ScanDirection {
+    int64_t u, u_batch, u_token;     // (B, L, E) input, dtype T
+    int64_t dt, dt_batch, dt_token;  // (B, L, R) fp32 if rank > 0, else (B, L, E)
+    int64_t b, b_batch, b_token;     // (B, L, N) fp32
+    int64_t c, c_batch, c_token;     // (B, L, N) fp32
+    int64_t a;                       // (E, N) fp32, contiguous
+    int64_t d;                       // (E) fp32 or null
+    int64_t weight;                  // (E, R) fp32, contiguous, or null
+    int64_t bias;                    // (E) fp32 or null
+    int64_t reverse;                 // 1: from the last token to the first
+    int64_t dt_mean, dt_mean_batch;  // out (B, L) fp32: mean over E of the step size, before `repeats`
+    int64_t state;                   // out (B, E, N) fp32: the state after the last step
+    // written by the backward pass only
+    int64_t grad_u;     // (B, L, E) T, contiguous
+    int64_t grad_dt;    // (B, L, E) T, contiguous: gradient of the raw step size, before bias and softplus
+    int64_t grad_b;     // (B, L, N) fp32, contiguous
+    int64_t grad_c;     // (B, L, N) fp32, contiguous
+    int64_t grad_a;     // (E, N) fp32
+    int64_t grad_d;     // (E) fp32
+    int64_t grad_bias;  // (E) fp32
+};
+
+struct ScanArgs {
+    int64_t batch, length, channels, states, rank;
+    int64_t directions, softplus, bfloat16, threads;
+    int64_t z, z_batch, z_token;     // (B, L, E) T gate or null
+    int64_t repeats;                 // (B, L) fp32 factor on the step size, contiguous, or null
+    int64_t y;                       // out (B, L, E) T, contiguous
+    int64_t grad_y, grad_y_batch, grad_y_token;  // (B, L, E) T
+    int64_t grad_z;                  // out (B, L, E) T, contiguous, or null
+    double scale;                    // factor on the sum of the directions
+    ScanDirection direction[4];
+};
+
+struct ConvDirection {
+    int64_t weight;     // (E, K) fp32, contiguous
+    int64_t bias;       // (E) fp32 or null
+    int64_t reverse;
+    int64_t grad_weight, grad_bias;  // out, fp32
+};
+
+struct ConvArgs {
+    int64_t batch, length, channels, width;
+    int64_t directions, silu, bfloat16, threads;
+    int64_t x, x_batch, x_token;  // (B, L, E) T
+    int64_t y;                    // out (S, B, L, E) T, contiguous
+    int64_t grad_y;               // (S, B, L, E) T, contiguous
+    int64_t grad_x;               // out (B, L, E) T, contiguous
+    ConvDirection direction[4];
+};
+
+struct NormArgs {
+    int64_t rows, columns, bfloat16_out, threads;
+    int64_t x, weight, y;                      // x (rows, D) fp32, weight (D) fp32, y (rows, D) T; contiguous
+    int64_t grad_y, grad_x, grad_weight;       // (rows, D) T, (rows, D) fp32, (D) fp32
+    double eps;
+};

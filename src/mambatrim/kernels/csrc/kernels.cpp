@@ -1,0 +1,45 @@
+// Compiled once per instruction set: -DMAMBATRIM_ISA=generic, avx2 or avx512 names the exported functions.
+#include "conv.h"
+#include "norm.h"
+#include "scan.h"
+
+#define JOIN2(a, b) a##_##b
+#define JOIN(a, b) JOIN2(a, b)
+#define EXPORT(name) extern "C" __attribute__((visibility("hidden"))) int JOIN(name, MAMBATRIM_ISA)
+
+// The usual state sizes get registers instead of an array; the rest share one loop.
+#define BY_STATES(function, T)                          \
+    switch (p->states) {                                \
+        case 1: return function<T, 1>(*p);              \
+        case 8: return function<T, 8>(*p);              \
+        case 16: return function<T, 16>(*p);            \
+        default: return function<T, 0>(*p);             \
+    }
+#define BY_WIDTH(function, T)                           \
+    switch (p->width) {                                 \
+        case 4: return function<T, 4>(*p);              \
+        default: return function<T, 0>(*p);             \
+    }
+
+EXPORT(scan_forward)(const ScanArgs* p) {
+    if (p->bfloat16) BY_STATES(scan_forward, bf16)
+    BY_STATES(scan_forward, float)
+}
+EXPORT(scan_backward)(const ScanArgs* p) {
+    if (p->bfloat16) BY_STATES(scan_backward, bf16)
+    BY_STATES(scan_backward, float)
+}
+EXPORT(conv_forward)(const ConvArgs* p) {
+    if (p->bfloat16) BY_WIDTH(conv_forward, bf16)
+    BY_WIDTH(conv_forward, float)
+}
+EXPORT(conv_backward)(const ConvArgs* p) {
+    if (p->bfloat16) BY_WIDTH(conv_backward, bf16)
+    BY_WIDTH(conv_backward, float)
+}
+EXPORT(norm_forward)(const NormArgs* p) {
+    return p->bfloat16_out ? norm_forward<bf16>(*p) : norm_forward<float>(*p);
+}
+EXPORT(norm_backward)(const NormArgs* p) {
+    return p->bfloat16_out ? norm_backward<bf16>(*p) : norm_backward<float>(*p);
+}

@@ -1,0 +1,193 @@
+"""What the flat families share: the norm, the bidirectional mixer, the block, the patch embedding, position resizing.
+
+The dtype policy of a model stands here. The residual stream is fp32. `RMSNorm` computes in fp32 and returns the dtype that the
+projections compute in. `A_log`, `D` and the step-size bias stay fp32 in `cast`; the scan keeps its time step and state in fp32.
+
+Letters as in kernels/reference.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import kernels
+from ..kernels import reference
+from ..reduction import Cost
+
+EPS = 1e-5
+Captured = dict[str, Tensor]
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, computed in fp32."""
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(d_model))
+
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return kernels.rms_norm(x, self.weight, EPS, dtype)
+
+
+class BiMambaMixer(nn.Module):
+    """Two Mamba-1 scans over one projection, forward and backward, with parameters of their own ("bimamba v2" of Vim).
+
+    out_proj(scale (scan(x) + scan_b(x)) silu(z)); scale 0.5 averages the directions (Vim, Mamba-Reg), 1 adds them
+    (VideoMamba). Parameter names are those of the official checkpoints.
+
+    Args:
+        d_model: D. d_state: N. d_conv: K. expand: E = expand D. scale: factor on the sum of the directions.
+    """
+
+    def __init__(self, d_model: int, d_state: int = 16, d_conv: int = 4, expand: int = 2, scale: float = 0.5) -> None:
+        super().__init__()
+        self.d_inner, self.d_state, self.dt_rank, self.scale = expand * d_model, d_state, math.ceil(d_model / 16), scale
+        inner, rank = self.d_inner, self.dt_rank
+        self.in_proj = nn.Linear(d_model, 2 * inner, bias=False)
+        self.conv1d = nn.Conv1d(inner, inner, d_conv, groups=inner)
+        self.x_proj = nn.Linear(inner, rank + 2 * d_state, bias=False)
+        self.dt_proj = nn.Linear(rank, inner)
+        self.A_log = nn.Parameter(torch.empty(inner, d_state))
+        self.D = nn.Parameter(torch.empty(inner))
+        self.conv1d_b = nn.Conv1d(inner, inner, d_conv, groups=inner)
+        self.x_proj_b = nn.Linear(inner, rank + 2 * d_state, bias=False)
+        self.dt_proj_b = nn.Linear(rank, inner)
+        self.A_b_log = nn.Parameter(torch.empty(inner, d_state))
+        self.D_b = nn.Parameter(torch.empty(inner))
+        self.out_proj = nn.Linear(inner, d_model, bias=False)
+        self.reset()
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Mamba's initial values (arXiv 2312.00752, section 3.6): A_n = -n, steps log-uniform in [0.001, 0.1]."""
+        for dt_proj, A_log, D in ((self.dt_proj, self.A_log, self.D), (self.dt_proj_b, self.A_b_log, self.D_b)):
+            nn.init.uniform_(dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
+            steps = torch.exp(torch.empty(self.d_inner).uniform_(math.log(1e-3), math.log(1e-1))).clamp(min=1e-4)
+            dt_proj.bias.copy_(steps + torch.log(-torch.expm1(-steps)))  # the inverse of softplus
+            A_log.copy_(torch.arange(1, self.d_state + 1).log().expand(self.d_inner, -1))
+            D.fill_(1.0)
+
+    def forward(self, x: Tensor, wanted: Sequence[str] = ()) -> tuple[Tensor, Captured]:
+        """x (B, L, D) -> (B, L, D), and the signals that are `wanted` (reduction.SIGNALS), all tokens in token order."""
+        hidden, z = F.linear(x, self.in_proj.weight).chunk(2, dim=-1)  # (B, L, E) each
+        weights = [self.conv1d.weight.squeeze(1), self.conv1d_b.weight.squeeze(1)]
+        biases = [_given(self.conv1d.bias), _given(self.conv1d_b.bias)]
+        u = kernels.causal_conv1d(hidden, weights, biases, reverse=(False, True))  # (2, B, L, E)
+        forward, backward = u.unbind(0)
+        directions = [
+            self._direction(forward, self.x_proj, self.dt_proj, self.A_log, self.D, False),
+            self._direction(backward, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b, True),
+        ]
+        scanned = kernels.scan(u, directions, z, scale=self.scale)
+        update = F.linear(scanned.y, self.out_proj.weight)  # (B, L, D)
+        return update, _capture(wanted, u, directions, z, scanned.dt_mean, update) if wanted else {}
+
+    def _direction(
+        self, u: Tensor, x_proj: nn.Linear, dt_proj: nn.Linear, A_log: Tensor, D: Tensor, reverse: bool
+    ) -> kernels.Direction:
+        sizes = [self.dt_rank, self.d_state, self.d_state]
+        dt, B, C = F.linear(u, x_proj.weight).split(sizes, dim=-1)  # (B, L, R), (B, L, N), (B, L, N)
+        return kernels.Direction(dt, -torch.exp(A_log), B, C, D, dt_proj.bias, dt_proj.weight, reverse)
+
+    def cost(self, length: int) -> Cost:
+        """MACs for one image of `length` tokens, the scan as 9 E N L as in the literature."""
+        inner, rank, taps = self.d_inner, self.dt_rank, self.conv1d.kernel_size[0]
+        conv = taps * inner * length
+        scan = inner * (rank + 2 * self.d_state) * length
+        scan += kernels.scan_macs(length, inner, self.d_state, rank)
+        projections = self.in_proj.weight.numel() * length + self.out_proj.weight.numel() * length
+        # counters of the papers convolve L + 3 positions
+        return Cost(projections, conv, scan, directions=conv + scan, quirks=taps * inner * (taps - 1))
+
+
+def _given(bias: Tensor | None) -> Tensor:
+    if bias is None:
+        raise ValueError("the convolution of a mixer must have a bias")
+    return bias
+
+
+def _capture(
+    wanted: Sequence[str],
+    u: Tensor,
+    directions: Sequence[kernels.Direction],
+    z: Tensor,
+    dt_mean: Tensor,
+    update: Tensor,
+) -> Captured:
+    """Only what is asked for is computed; the mean of the time step and the update are there anyway."""
+    found: Captured = {"dt_mean": dt_mean, "update": update}
+    if "dt" in wanted:
+        steps = [reference.step_size(d.dt, d.dt_bias, d.dt_weight, softplus=True) for d in directions]
+        found["dt"] = torch.stack(steps, dim=1)  # (B, S, L, E)
+    if "B" in wanted:
+        found["B"] = torch.stack([d.B for d in directions], dim=1)  # (B, S, L, N)
+    if "C" in wanted:
+        found["C"] = torch.stack([d.C for d in directions], dim=1)
+    if "y" in wanted or "y_gated" in wanted:
+        found["y"] = torch.stack([kernels.scan(u[s : s + 1], [d]).y for s, d in enumerate(directions)], dim=1)
+        found["y_gated"] = found["y"] * F.silu(z)[:, None]  # (B, S, L, E)
+    return {name: found[name] for name in wanted if name in found}
+
+
+class Block(nn.Module):
+    """x <- x + mixer(norm(x)): the pre-norm residual block, on one fp32 stream."""
+
+    def __init__(self, d_model: int, mixer: BiMambaMixer) -> None:
+        super().__init__()
+        self.norm = RMSNorm(d_model)
+        self.mixer = mixer
+
+    def forward(self, x: Tensor, wanted: Sequence[str] = ()) -> tuple[Tensor, Captured]:
+        """x (B, L, D) fp32 -> the same, and the `wanted` signals."""
+        update, captured = self.mixer(self.norm(x, self.mixer.in_proj.weight.dtype), wanted)
+        x = x + update
+        if "hidden" in wanted:
+            captured["hidden"] = x
+        return x, captured
+
+    def cost(self, length: int) -> Cost:
+        return self.mixer.cost(length)
+
+
+class PatchEmbed(nn.Module):
+    """A convolution that turns patches into tokens: (B, C, H, W) -> (B, M, D), row by row."""
+
+    def __init__(self, in_chans: int, d_model: int, patch: int, stride: int) -> None:
+        super().__init__()
+        self.patch, self.stride = patch, stride
+        self.proj = nn.Conv2d(in_chans, d_model, kernel_size=patch, stride=stride)
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Patches per column and row; raises ValueError for an image smaller than a patch."""
+        if height < self.patch or width < self.patch:
+            raise ValueError(f"an image must have at least {self.patch}x{self.patch} pixels, got {height}x{width}")
+        return (height - self.patch) // self.stride + 1, (width - self.patch) // self.stride + 1
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.proj(images.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
+
+
+def resize_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Patch position embeddings (1, h w, D) for another grid: bicubic, corners not aligned. The same table for the same grid."""
+    if old == new:
+        return table
+    image = table.reshape(1, *old, -1).permute(0, 3, 1, 2)  # (1, D, h, w)
+    image = F.interpolate(image.float(), size=new, mode="bicubic", align_corners=False)
+    return image.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Projections and embeddings in `dtype`; norms, A_log, D, step-size biases and convolution taps stay fp32."""
+    keep = ("A_log", "A_b_log", "D", "D_b")
+    for module in model.modules():
+        if isinstance(module, RMSNorm):
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            fp32 = name in keep or isinstance(module, nn.Conv1d)
+            parameter.data = parameter.data.to(torch.float32 if fp32 else dtype)
+    return model

@@ -1,0 +1,119 @@
+"""Schedule: after which block how many patches go. Plain integers, so every length is known before the forward."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+# the stages of the token-reduction papers on 24 blocks, counted from 1
+STAGES_OF_24 = (5, 10, 15)
+
+
+def default_stages(depth: int) -> tuple[int, ...]:
+    """After blocks 5, 10 and 15 of 24, counted from 1, scaled to `depth`; as 0-based indices: 24 -> (4, 9, 14)."""
+    scaled = {max(1, math.floor(depth * block / 24 + 0.5)) - 1 for block in STAGES_OF_24}
+    return tuple(sorted(scaled))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Patches removed after each block.
+
+    `removed[i]` patches go after block i, 0-based. "Before block i" of a paper is after block i-1; "after block 5"
+    counted from 1 is index 4.
+    """
+
+    removed: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "removed", tuple(self.removed))
+        for count in self.removed:
+            if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+                raise ValueError(f"patches removed after a block must be whole numbers from 0 up, got {count!r}")
+
+    @staticmethod
+    def none(depth: int) -> "Schedule":
+        """Nothing is removed."""
+        return Schedule((0,) * depth)
+
+    @staticmethod
+    def stages(
+        depth: int, patches: int, after: Sequence[int] | None = None, keep: float | Sequence[float] = 0.8
+    ) -> "Schedule":
+        """Keep a share of the patches at each of a few blocks, rounded to the nearest count (halves up).
+
+        Args:
+            depth: blocks of the model.
+            patches: patches that leave the stem.
+            after: 0-based blocks after which patches go; by default `default_stages(depth)`.
+            keep: share kept at every stage, or one share per stage.
+        """
+        after = _blocks(default_stages(depth) if after is None else after, depth)
+        shares = (keep,) * len(after) if isinstance(keep, int | float) else tuple(keep)
+        if len(shares) != len(after):
+            raise ValueError(f"keep must be one share or one per stage: got {len(shares)} for {len(after)} stages")
+        removed, left = [0] * depth, patches
+        for block, share in zip(after, shares, strict=True):
+            if not 0 < share <= 1:
+                raise ValueError(f"keep must be a share above 0 and up to 1, got {share}")
+            kept = max(1, math.floor(left * share + 0.5))
+            removed[block], left = left - kept, kept
+        return Schedule(tuple(removed))
+
+    @staticmethod
+    def constant(depth: int, r: int, after: Sequence[int] | None = None) -> "Schedule":
+        """Remove r patches after each block of `after` (0-based); by default after every block but the last."""
+        chosen = _blocks(range(depth - 1) if after is None else after, depth)
+        return Schedule(tuple(r if block in chosen else 0 for block in range(depth)))
+
+    @property
+    def depth(self) -> int:
+        """Blocks that the schedule speaks of."""
+        return len(self.removed)
+
+    def at(self, block: int) -> int:
+        """Patches removed after `block`."""
+        if not self.removed:
+            return 0
+        if not 0 <= block < self.depth:
+            raise ValueError(f"the schedule is for {self.depth} blocks, there is no block {block}")
+        return self.removed[block]
+
+    def lengths(self, patches: int) -> tuple[int, ...]:
+        """Patches that enter every block, from `patches` that leave the stem.
+
+        Raises:
+            ValueError: where a step would not leave at least one patch.
+        """
+        entering, left = [], patches
+        for block, count in enumerate(self.removed):
+            entering.append(left)
+            if count and count >= left:
+                raise ValueError(
+                    f"the schedule removes {count} of {left} patches after block {block}; at most {left - 1} can go"
+                )
+            left -= count
+        return tuple(entering)
+
+    def to_json(self) -> str:
+        """The schedule as JSON text, which `from_json` reads back."""
+        return json.dumps({"removed": list(self.removed)})
+
+    @staticmethod
+    def from_json(text: str) -> "Schedule":
+        """Read what `to_json` wrote."""
+        try:
+            removed = json.loads(text)["removed"]
+        except (json.JSONDecodeError, KeyError, TypeError):
+            removed = None
+        if not isinstance(removed, list):
+            raise ValueError(f'a schedule in JSON looks like {{"removed": [0, 11, 0]}}, got {text!r}')
+        return Schedule(tuple(removed))
+
+
+def _blocks(after: Sequence[int], depth: int) -> tuple[int, ...]:
+    """Checked 0-based block indices, ascending."""
+    blocks = tuple(sorted(after))
+    if len(set(blocks)) != len(blocks) or (blocks and not 0 <= blocks[0] <= blocks[-1] < depth):
+        raise ValueError(f"after must name different blocks from 0 to {depth - 1}, got {tuple(after)}")
+    return blocks

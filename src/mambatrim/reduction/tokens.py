@@ -1,0 +1,158 @@
+"""Tokens: all that travels between blocks. Signals: what a method may look at."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .assignment import Assignment, take_rows
+
+# names that a block can return, and the axis of the tokens in each: 1 in (B, L, .), 2 in (B, S, L, .)
+SIGNALS: dict[str, int] = {
+    "hidden": 1,
+    "update": 1,
+    "dt": 2,
+    "dt_mean": 2,
+    "B": 2,
+    "C": 2,
+    "y": 2,
+    "y_gated": 2,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """Tokens between two blocks.
+
+    x: (B, L, D) residual stream, fp32.
+    size: (B, L) fp32, how many tokens of the stem each one stands for.
+    origin: L0 -> L, where every token of the stem is now.
+    grid: patch grid of the stem, (h, w) or (t, h, w).
+    """
+
+    x: Tensor
+    size: Tensor
+    origin: Assignment
+    grid: tuple[int, ...]
+
+    @staticmethod
+    def start(x: Tensor, grid: tuple[int, ...]) -> "Tokens":
+        """Tokens as they leave the stem: x (B, L0, D), each of size one."""
+        size = torch.ones(x.shape[:2], dtype=torch.float32, device=x.device)
+        return Tokens(x, size, Assignment.identity(x.shape[0], x.shape[1], x.device), grid)
+
+    def with_x(self, x: Tensor) -> "Tokens":
+        """The same tokens with new values (B, L, D)."""
+        return Tokens(x, self.size, self.origin, self.grid)
+
+    def reduce(self, assignment: Assignment, weight: Tensor) -> "Tokens":
+        """Apply a step L -> K: rows become means weighted by `weight` (B, L), sizes add up, origins compose."""
+        return Tokens(
+            assignment.merge(self.x, weight), assignment.sum(self.size), self.origin.then(assignment), self.grid
+        )
+
+    def where(self, ids: tuple[int, ...]) -> Tensor:
+        """(B, n): positions now of the tokens that the stem put at `ids`."""
+        length = self.origin.length
+        for token in ids:
+            if not 0 <= token < length:
+                raise ValueError(f"token {token} does not exist: the stem made tokens 0 to {length - 1}")
+        # a stack of columns and not an index list, which would be copied to the device in every forward
+        return torch.stack([self.origin.dest[:, token] for token in ids], dim=1)
+
+    def take(self, ids: tuple[int, ...]) -> Tensor:
+        """(B, n, D): rows in which the tokens of original positions `ids` are now; zeros where one was pruned."""
+        position, kept = self.where(ids), self.x.shape[1]
+        rows = take_rows(self.x, position.clamp(max=kept - 1))
+        return rows.masked_fill((position == kept).unsqueeze(2), 0.0)
+
+    def dense(self, fill: float = 0.0) -> Tensor:
+        """(B, L0, D): every token of the stem with the row it is in now; `fill` where it was pruned."""
+        return self.origin.unmerge(self.x, fill)
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """How a mixer may see a reduced sequence; a trunk passes None for "as it stands", as all published methods do.
+
+    Place kept for virtual-sequence merging: `Tokens` holds what it is built from (`size`, `origin.dest`), so the trunk
+    can hand one to a block beside `needs`; no kernel takes it yet.
+
+    repeats: (B, L) steps of the recurrence that each row stands for.
+    source: (B, L0) row of each original position; L where it was pruned.
+    """
+
+    repeats: Tensor
+    source: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Signals:
+    """What a method sees: the M patch tokens in sequence order, in every scan direction; fp32, without gradients.
+
+    size: (B, M) how many original tokens each stands for.
+    ids: (B, M) which patch of the stem's grid each is, counted in raster order without special tokens.
+    grid: the stem's patch grid.
+    values: the declared signals by name. Read them as attributes: an undeclared one raises ValueError.
+    """
+
+    size: Tensor
+    ids: Tensor
+    grid: tuple[int, ...]
+    values: Mapping[str, Tensor]
+
+    @property
+    def hidden(self) -> Tensor:
+        """(B, M, D) residual stream after the block."""
+        return self._read("hidden")
+
+    @property
+    def update(self) -> Tensor:
+        """(B, M, D) what the block's mixer added to it."""
+        return self._read("update")
+
+    @property
+    def dt(self) -> Tensor:
+        """(B, S, M, E) timescale after bias and softplus."""
+        return self._read("dt")
+
+    @property
+    def dt_mean(self) -> Tensor:
+        """(B, S, M) mean of `dt` over its E channels."""
+        return self._read("dt_mean")
+
+    @property
+    def B(self) -> Tensor:
+        """(B, S, M, N) input matrix of the recurrence."""
+        return self._read("B")
+
+    @property
+    def C(self) -> Tensor:
+        """(B, S, M, N) output matrix of the recurrence."""
+        return self._read("C")
+
+    @property
+    def y(self) -> Tensor:
+        """(B, S, M, E) output of the scan before the gate."""
+        return self._read("y")
+
+    @property
+    def y_gated(self) -> Tensor:
+        """(B, S, M, E) output of the scan after the gate."""
+        return self._read("y_gated")
+
+    def feature(self, name: str) -> Tensor:
+        """(B, M, F): a signal as one vector per token; the channels of several directions are joined."""
+        value = self._read(name)
+        return value if SIGNALS[name] == 1 else value.transpose(1, 2).flatten(2)
+
+    def _read(self, name: str) -> Tensor:
+        if name not in self.values:
+            declared = ", ".join(self.values) or "none"
+            raise ValueError(f"signal {name!r} was not declared in the method's needs; declared: {declared}")
+        return self.values[name]
+
+
+# needed before a function that returns Tokens (a model's forward_features) can be exported
+torch.export.register_dataclass(Tokens, serialized_type_name="mambatrim.Tokens")
