@@ -11,9 +11,10 @@ import json
 import os
 import struct
 import warnings
+import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any, Protocol
 
 import numpy as np
@@ -196,6 +197,42 @@ def _images(folder: Path) -> list[Path]:
     return sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
 
 
+class Zip:
+    """A zip file with one folder per class in it, read as `Folder` reads one on the disk, without unpacking it.
+
+    Raises:
+        ValueError: there is no such file, it is damaged or no zip file, or there is no image in any folder of it.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise ValueError(f"there is no file {self.path}")
+        try:
+            self._archive = zipfile.ZipFile(self.path)
+        except (zipfile.BadZipFile, *_UNREADABLE) as error:
+            raise ValueError(f"{self.path} is a damaged zip file or none at all ({error})") from error
+        # a folder may have an entry of its own, as "cat/": an empty class keeps its label
+        entries = sorted(name for name in self._archive.namelist() if "/" in name and not name.startswith((".", "__")))
+        self.classes = tuple(sorted({name.split("/", 1)[0] for name in entries}))
+        labels = {name: label for label, name in enumerate(self.classes)}
+        images = [name for name in entries if PurePosixPath(name).suffix.lower() in SUFFIXES]
+        self.samples = [(name, labels[name.split("/", 1)[0]]) for name in images]
+        if not self.samples:
+            raise ValueError(f"{self.path} has no images in folders, one folder per class ({', '.join(SUFFIXES)})")
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        name, label = self.samples[index]
+        try:
+            content = self._archive.read(name)
+        except (zipfile.BadZipFile, *_UNREADABLE) as error:
+            raise ValueError(f"{name} in {self.path} is damaged or cannot be unpacked ({error})") from error
+        return _decode(io.BytesIO(content), f"{name} in {self.path}"), label
+
+
 class Parquet:
     """A parquet file with the columns `image` (a struct with the file's `bytes`) and `label` (integers from 0 on).
 
@@ -252,8 +289,8 @@ def _class_names(metadata: dict[bytes, bytes] | None) -> tuple[str, ...]:
     return ()
 
 
-def open_dataset(path: str | os.PathLike[str]) -> Folder | Parquet:
-    """The data set that lies at `path`: a parquet file, a folder with exactly one in it, or one folder per class.
+def open_dataset(path: str | os.PathLike[str]) -> Folder | Parquet | Zip:
+    """The data set at `path`: a parquet or zip file, a folder with one parquet file in it, or one folder per class.
 
     Raises:
         ValueError: there is nothing, or nothing that can be read as a data set, or several parquet files.
@@ -262,7 +299,7 @@ def open_dataset(path: str | os.PathLike[str]) -> Folder | Parquet:
     if not place.exists():
         raise ValueError(f"there is no data set {place}")
     if place.is_file():
-        return Parquet(place)
+        return Zip(place) if place.suffix.lower() == ".zip" else Parquet(place)
     tables = sorted(place.glob("*.parquet"))
     if len(tables) > 1:
         raise ValueError(

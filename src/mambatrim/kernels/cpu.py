@@ -135,8 +135,9 @@ class Scan:
             *(new(directions, channels) for _ in "Db"),
         )
         grad_z = self.u.new_empty((batch, length, channels) if self.z is not None else (0,))
+        grad_y = dense_rows(grad_y)  # under a name: a record holds addresses, not tensors
         if self.u.numel():
-            _call("mambatrim_scan_backward", self._record(grad_y=dense_rows(grad_y), grad_z=grad_z, grads=grads))
+            _call("mambatrim_scan_backward", self._record(grad_y=grad_y, grad_z=grad_z, grads=grads))
         else:
             for grad in grads:
                 grad.zero_()
@@ -228,8 +229,9 @@ def conv_backward(
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     shape = (len(weight), *weight[0].shape)
     grads = (x.new_zeros(shape, dtype=torch.float32), x.new_zeros(shape[:2], dtype=torch.float32))
+    grad_y = grad_y.contiguous()  # under a name: a record holds addresses, not tensors
     if x.numel():
-        record = _conv(x, weight, bias, reverse, silu, grad_y=grad_y.contiguous(), grad_x=grad_x, grads=grads)
+        record = _conv(x, weight, bias, reverse, silu, grad_y=grad_y, grad_x=grad_x, grads=grads)
         _call("mambatrim_conv_backward", record)
     return grad_x, *grads
 
