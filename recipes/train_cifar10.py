@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mambatrim.models.vim import Vim, VimConfig
 from mambatrim.models import MODELS
+from mambatrim.models.vim import Vim
 
 HELD_OUT, SPLIT_SEED = 5000, 0
 
@@ -51,7 +51,12 @@ def augment(images: Tensor, size: int, generator: torch.Generator) -> Tensor:
     span = torch.arange(32)
     rows = top + span  # (n, 32)
     columns = left + torch.where(mirror, span.flip(0), span)
-    moved = padded[torch.arange(n)[:, None, None, None], torch.arange(3)[:, None, None], rows[:, None, :, None], columns[:, None, None, :]]
+    moved = padded[
+        torch.arange(n)[:, None, None, None],
+        torch.arange(3)[:, None, None],
+        rows[:, None, :, None],
+        columns[:, None, None, :],
+    ]
     return moved if size == 32 else F.interpolate(moved, size=(size, size), mode="bilinear", antialias=True)
 
 
@@ -87,7 +92,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so long; run again to continue")
-    parser.add_argument("--validate-only", action="store_true", help="print the accuracy on the held-out images and stop")
+    parser.add_argument(
+        "--validate-only", action="store_true", help="print the accuracy on the held-out images and stop"
+    )
     return parser.parse_args()
 
 
@@ -151,7 +158,9 @@ def main() -> None:
         print("\r" + json.dumps(figures), flush=True)
         with (out / "log.jsonl").open("a") as log:
             log.write(json.dumps(figures) + "\n")
-        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1}, out / "new.pt")
+        torch.save(
+            {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1}, out / "new.pt"
+        )
         (out / "new.pt").rename(last)
         if time.monotonic() - begin > 60 * options.minutes:
             print("time is up; run again to continue")

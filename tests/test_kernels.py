@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from mambatrim import kernels
-from mambatrim.kernels import Direction, cpu, ops, reference
+from mambatrim.kernels import Direction, cpu, reference, scan_operator
 
 BUILT = not cpu.missing()
 # instruction sets of this machine, and the PyTorch form that runs where nothing was built
@@ -134,7 +134,9 @@ def test_strided_inputs_need_no_copy_of_the_caller(backend):
     u, lines, z = make(2, 12, 20, 4, 3)
     wide_z = torch.randn(2, 12, 40)
     wide_z[..., 20:] = z.detach()
-    lines = [d._replace(**{n: v.detach() for n, v in d._asdict().items() if isinstance(v, torch.Tensor)}) for d in lines]
+    lines = [
+        d._replace(**{n: v.detach() for n, v in d._asdict().items() if isinstance(v, torch.Tensor)}) for d in lines
+    ]
     packed = [torch.cat([d.dt, d.B, d.C], -1).split([3, 4, 4], -1) for d in lines]
     views = [d._replace(dt=p[0], B=p[1], C=p[2]) for d, p in zip(lines, packed, strict=True)]
     odd = torch.stack([u.detach(), u.detach()], dim=-1)[..., 0]  # rows with a gap after every element
@@ -428,6 +430,6 @@ def test_scratch_memory_is_never_read_before_it_is_written():
 def test_what_is_missing_is_said_in_one_sentence(monkeypatch):
     monkeypatch.setattr(cpu, "_load", lambda: (None, "the kernels were not compiled when mambatrim was installed"))
     assert "install a C++ compiler" in cpu.missing() and cpu.missing()[0] == "T"
-    assert ops._scan_cpu(*scan_arguments(requires_grad=False))[0].shape == (2, 7, 16)
+    assert scan_operator._scan_cpu(*scan_arguments(requires_grad=False))[0].shape == (2, 7, 16)
     with pytest.raises(RuntimeError, match="not compiled"):
         cpu.level()

@@ -58,6 +58,9 @@ class TinyTrunk(nn.Module):
     def num_patches(self, image_size: int | None = None) -> int:
         return self.patches
 
+    def special_tokens(self, image_size: int | None = None) -> tuple[int, ...]:
+        return self.special
+
     def stem_cost(self, image_size: int | None = None) -> Cost:
         return Cost(stem=100)
 

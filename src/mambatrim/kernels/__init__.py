@@ -1,5 +1,8 @@
 """Tensors in, tensors out: the selective scan, the causal convolution and RMSNorm, with their gradients."""
 
-from .ops import Direction, Scan, causal_conv1d, rms_norm, scan, scan_macs, selective_scan
+from .convolution import causal_conv1d
+from .norm import rms_norm
+from .scan import Direction, Scan, scan, selective_scan
+from .scan_operator import scan_macs
 
 __all__ = ["Direction", "Scan", "causal_conv1d", "rms_norm", "scan", "scan_macs", "selective_scan"]

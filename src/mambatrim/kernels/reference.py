@@ -1,12 +1,14 @@
-"""The selective scan, the causal convolution and the norm in plain PyTorch: the definition that every kernel is tested with.
+"""The selective scan, the causal convolution and the norm in plain PyTorch: the definition that every kernel is
+tested with.
 
 Letters, here and in the whole library:
 
     B batch            L tokens            E channels of the scan (d_inner)    D width of the model (d_model)
-    N states (d_state) R rank of the step-size projection (dt_rank)            S scan directions        K taps of a filter
+    N states (d_state) R rank of the step-size projection (dt_rank)            S scan directions        K taps of a
+    filter
 
-Everything is token-major: (B, L, E). A reversed direction reads from the last token to the first and writes in token order.
-All arithmetic is fp32 (fp64 for fp64 inputs), whatever the dtype of the inputs.
+Everything is token-major: (B, L, E). A reversed direction reads from the last token to the first and writes in token
+order. All arithmetic is fp32 (fp64 for fp64 inputs), whatever the dtype of the inputs.
 """
 
 from __future__ import annotations
@@ -46,7 +48,8 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One direction, token by token (same signature and result as `kernels.selective_scan`).
 
-    h_t = exp(dt_t A) h_(t-1) + dt_t B_t u_t,  y_t = C_t h_t + D u_t,  times silu(z_t): zero-order hold for A, Euler for B.
+    h_t = exp(dt_t A) h_(t-1) + dt_t B_t u_t,  y_t = C_t h_t + D u_t,  times silu(z_t): zero-order hold for A, Euler
+    for B.
     """
     steps = step_size(dt, dt_bias, dt_weight, softplus)  # (B, L, E)
     dt_mean = steps.mean(-1)  # (B, L)
@@ -73,8 +76,8 @@ def selective_scan_chunked(
 ) -> tuple[Tensor, Tensor]:
     """The recurrence alone, with few large operations: what runs where no kernel was built.
 
-    Decays and inputs of a chunk of tokens are made at once, then one fused multiply-add a token advances the state. A chunk
-    holds about `budget` state elements, so that it stays in the cache.
+    Decays and inputs of a chunk of tokens are made at once, then one fused multiply-add a token advances the state. A
+    chunk holds about `budget` state elements, so that it stays in the cache.
 
     Args: u (B, L, E), dt (B, L, E) the time step itself, A (E, N), B and C (B, L, N), repeats (B, L).
     Returns: y (B, L, E) without D and gate, and the last state (B, E, N), in the dtype of u.
@@ -101,7 +104,8 @@ def selective_scan_chunked(
 
 
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool = False, silu: bool = True) -> Tensor:
-    """Depthwise causal convolution of x (B, L, E) with weight (E, K); reversed, a token sees itself and those behind it."""
+    """Depthwise causal convolution of x (B, L, E) with weight (E, K); reversed, a token sees itself and those behind
+    it."""
     taps = _wide(weight)[:, None, :]  # (E, 1, K)
     rows = _wide(x).transpose(1, 2)  # (B, E, L)
     pad = weight.shape[1] - 1

@@ -9,7 +9,6 @@ from importlib.resources import as_file, files
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from ..names import lookup
 from . import vim
@@ -20,7 +19,7 @@ from .spec import CheckpointFile, ModelSpec, Preprocess
 __all__ = ["MODELS", "CheckpointFile", "ModelSpec", "Preprocess", "create_model", "list_models"]
 
 MODELS: dict[str, ModelSpec] = {**vim.VARIANTS}
-_BUILD: dict[str, Callable[[ModelSpec], nn.Module]] = {"vim": lambda spec: vim.Vim(spec.config, spec)}
+_BUILD: dict[str, Callable[[ModelSpec], vim.Vim]] = {"vim": lambda spec: vim.Vim(spec.config, spec)}
 # weights that lie in the package, by model
 BUNDLED: dict[str, str] = {"vim_cifar10": "vim_cifar10.safetensors"}
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -42,14 +41,16 @@ def create_model(
 
     Args:
         name: one of `list_models()`.
-        weights: a checkpoint file (official .pth, or .safetensors); a Hub id such as hustvl/Vim-small-midclstok, downloaded
+        weights: a checkpoint file (official .pth, or .safetensors); a Hub id such as hustvl/Vim-small-midclstok,
+        downloaded
             once; "bundled" for the weights that lie in the package; or None for random initial values.
         num_classes: width of the classifier; with weights it must be theirs.
         image_size: (height, width) that images are prepared for; position embeddings are resized as the model runs.
         dtype: torch.float32 or torch.bfloat16, of the matrix products; residual stream and scan state stay fp32.
 
     Raises:
-        ValueError: unknown name, weights that are missing, damaged or of another model, or an argument that does not fit.
+        ValueError: unknown name, weights that are missing, damaged or of another model, or an argument that does not
+        fit.
     """
     spec = lookup("model", name, MODELS)
     if dtype not in _DTYPES:
@@ -59,7 +60,7 @@ def create_model(
             raise ValueError(f"num_classes must be at least 1, got {num_classes}")
         spec = replace(spec, config=replace(spec.config, num_classes=num_classes))
     if image_size is not None:
-        spec = replace(spec, preprocess=replace(spec.preprocess, size=tuple(image_size)))
+        spec = replace(spec, preprocess=replace(spec.preprocess, size=image_size))
     model = _BUILD[spec.family](spec)
     if weights == "bundled":
         file = lookup("model with bundled weights", name, BUNDLED)
@@ -67,4 +68,5 @@ def create_model(
             load(model, read_state_dict(path, spec=spec), spec)
     elif weights is not None:
         load(model, read_state_dict(resolve(weights, spec), spec=spec), spec)
-    return cast(model, dtype).eval()
+    cast(model, dtype)
+    return model.eval()

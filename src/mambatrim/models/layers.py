@@ -1,7 +1,8 @@
 """What the flat families share: the norm, the bidirectional mixer, the block, the patch embedding, position resizing.
 
-The dtype policy of a model stands here. The residual stream is fp32. `RMSNorm` computes in fp32 and returns the dtype that the
-projections compute in. `A_log`, `D` and the step-size bias stay fp32 in `cast`; the scan keeps its time step and state in fp32.
+The dtype policy of a model stands here. The residual stream is fp32. `RMSNorm` computes in fp32 and returns the dtype
+that the projections compute in. `A_log`, `D` and the step-size bias stay fp32 in `cast`; the scan keeps its time step
+and state in fp32.
 
 Letters as in kernels/reference.py.
 """
@@ -73,7 +74,8 @@ class BiMambaMixer(nn.Module):
             D.fill_(1.0)
 
     def forward(self, x: Tensor, wanted: Sequence[str] = ()) -> tuple[Tensor, Captured]:
-        """x (B, L, D) -> (B, L, D), and the signals that are `wanted` (reduction.SIGNALS), all tokens in token order."""
+        """x (B, L, D) -> (B, L, D), and the signals that are `wanted` (reduction.SIGNALS), all tokens in token
+        order."""
         hidden, z = F.linear(x, self.in_proj.weight).chunk(2, dim=-1)  # (B, L, E) each
         weights = [self.conv1d.weight.squeeze(1), self.conv1d_b.weight.squeeze(1)]
         biases = [_given(self.conv1d.bias), _given(self.conv1d_b.bias)]
@@ -107,7 +109,7 @@ class BiMambaMixer(nn.Module):
 
 def _given(bias: Tensor | None) -> Tensor:
     if bias is None:
-        raise ValueError("the convolution of a mixer must have a bias")
+        raise ValueError("the convolutions of these models have a bias")
     return bias
 
 
@@ -162,6 +164,11 @@ class PatchEmbed(nn.Module):
         self.patch, self.stride = patch, stride
         self.proj = nn.Conv2d(in_chans, d_model, kernel_size=patch, stride=stride)
 
+    def reset(self) -> None:
+        """Outputs of unit variance for inputs of unit variance."""
+        nn.init.trunc_normal_(self.proj.weight, std=self.proj.weight[0].numel() ** -0.5)
+        nn.init.zeros_(_given(self.proj.bias))
+
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Patches per column and row; raises ValueError for an image smaller than a patch."""
         if height < self.patch or width < self.patch:
@@ -173,16 +180,18 @@ class PatchEmbed(nn.Module):
 
 
 def resize_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Patch position embeddings (1, h w, D) for another grid: bicubic, corners not aligned. The same table for the same grid."""
+    """Patch position embeddings (1, h w, D) for another grid: bicubic, corners not aligned. The same table for the
+    same grid."""
     if old == new:
         return table
     image = table.reshape(1, *old, -1).permute(0, 3, 1, 2)  # (1, D, h, w)
-    image = F.interpolate(image.float(), size=new, mode="bicubic", align_corners=False)
+    image = F.interpolate(image.to(torch.float32), size=new, mode="bicubic", align_corners=False)
     return image.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)
 
 
-def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Projections and embeddings in `dtype`; norms, A_log, D, step-size biases and convolution taps stay fp32."""
+def cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Put projections and embeddings in `dtype`, in place; norms, A_log, D, step-size biases and convolution taps
+    stay fp32."""
     keep = ("A_log", "A_b_log", "D", "D_b")
     for module in model.modules():
         if isinstance(module, RMSNorm):
@@ -190,4 +199,3 @@ def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         for name, parameter in module.named_parameters(recurse=False):
             fp32 = name in keep or isinstance(module, nn.Conv1d)
             parameter.data = parameter.data.to(torch.float32 if fp32 else dtype)
-    return model

@@ -1,8 +1,8 @@
 """Vim (Vision Mamba, arXiv 2401.09417): bidirectional Mamba blocks, a class token in the middle of the sequence.
 
-Keys of the state dict are those of the official checkpoints; the two-stream blocks of the official code are one fp32 stream
-here (the adds are the same). Facts of the architecture: patch embedding, class token inserted at M // 2 before the position
-embedding is added, blocks, norm of the class token, linear head.
+Keys of the state dict are those of the official checkpoints; the two-stream blocks of the official code are one fp32
+stream here (the adds are the same). The architecture: patch embedding, class token inserted at M // 2 before the
+position embedding is added, blocks, norm of the class token, linear head.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ImageSize = int | tuple[int, ...] | None
 
 @dataclass(frozen=True)
 class VimConfig:
-    """image_size and patch and stride in pixels; d_model D, depth blocks, d_state N; the mixer's expansion is 2, its filter 4 wide."""
+    """Sizes in pixels, then D, the number of blocks and N. The mixer doubles the width, and its filter has 4 taps."""
 
     image_size: tuple[int, int] = (224, 224)
     patch: int = 16
@@ -59,11 +59,14 @@ class Vim(nn.Module):
         for table in (self.cls_token, self.pos_embed, self.head.weight):
             nn.init.trunc_normal_(table, std=0.02)
         nn.init.zeros_(self.head.bias)
-        nn.init.trunc_normal_(self.patch_embed.proj.weight, std=self.patch_embed.proj.weight[0].numel() ** -0.5)
-        nn.init.zeros_(self.patch_embed.proj.bias)
-        for layer in self.layers:
+        self.patch_embed.reset()
+        for layer in self.blocks():
             nn.init.kaiming_uniform_(layer.mixer.out_proj.weight, a=math.sqrt(5))
-            layer.mixer.out_proj.weight /= math.sqrt(len(self.layers))
+            layer.mixer.out_proj.weight /= math.sqrt(self.depth)
+
+    def blocks(self) -> list[Block]:
+        """The layers, with their type."""
+        return [layer for layer in self.layers if isinstance(layer, Block)]
 
     @property
     def depth(self) -> int:
@@ -75,10 +78,10 @@ class Vim(nn.Module):
 
     @property
     def d_inner(self) -> int:
-        return self.layers[0].mixer.d_inner
+        return self.blocks()[0].mixer.d_inner
 
     def num_patches(self, image_size: ImageSize = None) -> int:
-        """Patches that the stem makes of an image of this size: a side, (height, width), or None for the configured size."""
+        """Patches that the stem makes of an image: a side, (height, width), or None for the configured size."""
         return math.prod(self.patch_embed.grid(*self._sides(image_size)))
 
     def special_tokens(self, image_size: ImageSize = None) -> tuple[int, ...]:
@@ -98,18 +101,18 @@ class Vim(nn.Module):
         grid = self.patch_embed.grid(images.shape[2], images.shape[3])
         patches = self.patch_embed(images)  # (B, M, D)
         # the class token's own row of the table stands in the middle: it is taken out before the grid is resized
-        middle = self.pos_embed.shape[1] // 2
+        middle = (self.pos_embed.shape[1] - 1) // 2
         table = torch.cat([self.pos_embed[:, :middle], self.pos_embed[:, middle + 1 :]], dim=1)
         table = resize_positions(table, self.patch_embed.grid(*self.config.image_size), grid)
         patches = patches + table
         cls = (self.cls_token + self.pos_embed[:, middle : middle + 1]).expand(len(images), -1, -1)
         half = patches.shape[1] // 2
-        return Tokens.start(torch.cat([patches[:, :half], cls, patches[:, half:]], dim=1).float(), grid)
+        return Tokens.start(torch.cat([patches[:, :half], cls, patches[:, half:]], dim=1).to(torch.float32), grid)
 
     def forward_features(self, images: Tensor) -> Tokens:
         """The tokens after the last block, before the final norm."""
         tokens = self.embed(images)
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(self.blocks()):
             x, captured = layer(tokens.x, self.reducer.needs(i))
             tokens = self.reducer(i, tokens.with_x(x), captured)
         return tokens
@@ -118,7 +121,7 @@ class Vim(nn.Module):
         """Logits (B, num_classes) from the class token, wherever it is now."""
         middle = math.prod(tokens.grid) // 2  # for other image sizes than the configured one too
         cls = tokens.take((middle,))[:, 0]  # (B, D)
-        return self.head(self.norm_f(cls, self.head.weight.dtype)).float()
+        return self.head(self.norm_f(cls, self.head.weight.dtype)).to(torch.float32)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(images))
@@ -127,7 +130,7 @@ class Vim(nn.Module):
 
     def block_cost(self, length: int) -> Cost:
         """MACs of one block for one image of `length` tokens."""
-        return self.layers[0].cost(length)
+        return self.blocks()[0].cost(length)
 
     def stem_cost(self, image_size: ImageSize = None) -> Cost:
         per_patch = self.patch_embed.proj.weight.numel()
