@@ -266,22 +266,21 @@ INLINE void backward_tile(const ScanArgs& p, int64_t s, const Packed& k, int64_t
     const vf *a = k.a + block * n_states, d = k.d[block];
 
     vf inputs[MAX_TILE], through_a[MAX_TILE], through_b[MAX_TILE];
-    for (int64_t i = 0; i < n_states; i++) w.state[i] = start[i];
+    vf h[NS ? NS : MAX_STATES];
+    for (int64_t i = 0; i < n_states; i++) w.state[i] = h[i] = start[i];
     for (int j = 0; j < n; j++) {
         const int64_t t = at(j);
         const float *bt = bs + t * dir.b_token, *ct = cs + t * dir.c_token;
         inputs[j] = load(u + t * dir.u_token, m);
         const vf dt = steps[j], dtu = dt * inputs[j];
-        const vf* before = w.state + j * n_states;
         vf *after = w.state + (j + 1) * n_states, *decay = w.decay + j * n_states;
         vf out = d * inputs[j], odd{};
 #pragma GCC unroll 16
         for (int64_t i = 0; i < n_states; i++) {
-            const vf e = exp2(dt * a[i]), h = e * before[i] + dtu * bt[i];
-            decay[i] = e;
-            after[i] = h;
-            if (i & 1) odd += h * ct[i];
-            else out += h * ct[i];
+            decay[i] = exp2(dt * a[i]);
+            after[i] = h[i] = decay[i] * h[i] + dtu * bt[i];
+            if (i & 1) odd += h[i] * ct[i];
+            else out += h[i] * ct[i];
         }
         sum_y[t] = (s ? sum_y[t] : vf{}) + out + odd;
         through_a[j] = through_b[j] = vf{};
@@ -406,8 +405,9 @@ INLINE void add_up(float* out, const float* in, int64_t n, int64_t copies, int64
 template <typename T, int NS>
 int scan_backward(const ScanArgs& p) {
     const int64_t blocks = (p.channels + W - 1) / W, length = p.length, n_states = p.states, dirs = p.directions;
-    // up to 16 tasks of images, and of channels where the images are few: a matter of shape, not of threads
-    const int64_t chunks = smaller(p.batch, 16), groups = smaller(blocks, 16 / chunks);
+    // up to 16 tasks of images, and of channels where the images are few: a matter of shape, not of threads. Few groups of
+    // channels, because each sums its dB and dC over lanes
+    const int64_t chunks = smaller(p.batch, 16), groups = chunks < 8 ? smaller(blocks, 8 / chunks) : 1;
     const int64_t per_chunk = dirs * blocks * (n_states + 2), rows = length * n_states, all_rows = p.batch * rows;
     Scratch packed_memory(dirs * blocks * (n_states + p.rank + 2)), parameters(chunks * per_chunk);
     Scratch rows_memory(groups * dirs * 2 * all_rows / W + 1);  // dB and dC of every group of channels
