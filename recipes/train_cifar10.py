@@ -3,9 +3,10 @@
     python recipes/train_cifar10.py TRAIN.parquet --out runs/cifar10
 
 Reads the training file only. 5,000 of its 50,000 images, chosen by a fixed seed whatever --seed is, are held out: every
-choice of method or option is made on them (`--validate-only` prints their accuracy), and the test file is for the last figure.
-Each epoch writes OUT/last.pt (to continue from) and a line of OUT/log.jsonl; the end writes OUT/model.safetensors (fp16).
-The first part of the epochs runs on smaller images, which costs less and is made up for by the rest.
+choice of method or option is made on them (--validate-only prints the accuracy), and the test file gives the last
+figure. Each epoch writes OUT/last.pt (to continue from) and a line of OUT/log.jsonl; the end writes
+OUT/model.safetensors (fp16). The first part of the epochs runs on smaller images, which costs less and is made up for
+by the rest.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mambatrim.models import MODELS
+from mambatrim.data import open_dataset
+from mambatrim.models import MODELS, Preprocess
 from mambatrim.models.vim import Vim
 
 HELD_OUT, SPLIT_SEED = 5000, 0
@@ -37,9 +40,11 @@ def load_split(path: str) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def decode(path: str) -> tuple[Tensor, Tensor]:
+    """All images (n, 3, 32, 32) uint8 and labels (n) of a file."""
     dataset = open_dataset(path)
-    images = torch.stack([torch.from_numpy(np.array(image)) for image, _ in dataset]).permute(0, 3, 1, 2).contiguous()
-    return images, torch.tensor([label for _, label in dataset])
+    rows = [dataset[i] for i in range(len(dataset))]
+    images = torch.stack([torch.from_numpy(np.array(image)) for image, _ in rows]).permute(0, 3, 1, 2).contiguous()
+    return images, torch.tensor([label for _, label in rows])
 
 
 def augment(images: Tensor, size: int, generator: torch.Generator) -> Tensor:
@@ -60,8 +65,8 @@ def augment(images: Tensor, size: int, generator: torch.Generator) -> Tensor:
     return moved if size == 32 else F.interpolate(moved, size=(size, size), mode="bilinear", antialias=True)
 
 
-def normalise(images: Tensor, spec) -> Tensor:
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (spec.preprocess.mean, spec.preprocess.std))
+def normalise(images: Tensor, how: Preprocess) -> Tensor:
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (how.mean, how.std))
     return (images.float() / 255 - mean) / std
 
 
@@ -70,7 +75,7 @@ def accuracy(model: Vim, images: Tensor, labels: Tensor, device: torch.device, b
     model.eval()
     right = 0
     for start in range(0, len(labels), batch):
-        x = normalise(images[start : start + batch], model.spec).to(device)
+        x = normalise(images[start : start + batch], model.spec.preprocess).to(device)
         right += int((model(x).argmax(1).cpu() == labels[start : start + batch]).sum())
     model.train()
     return right / len(labels)
@@ -134,7 +139,7 @@ def main() -> None:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, options.lr, warmup=per_epoch)
             chosen = order[i * options.batch : (i + 1) * options.batch]
-            x = normalise(augment(images[chosen], size, generator), spec).to(device)
+            x = normalise(augment(images[chosen], size, generator), spec.preprocess).to(device)
             with torch.autocast(device.type, torch.bfloat16):
                 logits = model(x)
             loss = F.cross_entropy(logits.float(), labels[chosen].to(device), label_smoothing=0.1)
