@@ -10,6 +10,9 @@ BUILT := $(VENV)/built
 BUILD := $(BIN)/python setup.py --quiet build_ext --inplace
 CSRC := $(wildcard src/mambatrim/kernels/csrc/*)
 
+# threads that spin while they wait make everything slow beside another busy process
+export OMP_WAIT_POLICY ?= passive
+
 .PHONY: demo test lint format venv kernels clean help
 .DEFAULT_GOAL := help
 

@@ -83,7 +83,7 @@ def scan_figures(shape: tuple[int, int, int, int], repeats: int) -> dict[str, fl
         expected, other = functions["kernel"]()[0], functions["mambapy"]()
         if (expected - other).abs().max() > 1e-3 * expected.abs().max():
             raise SystemExit("the scans that are compared disagree")
-    return {name: timing.median for name, timing in time_functions(functions, repeats).functions.items()}
+    return {name: timing.median for name, timing in time_functions(functions, repeats).times.items()}
 
 
 def scan_limit(states: int, rank: int, repeats: int) -> float:
@@ -101,7 +101,7 @@ def scan_limit(states: int, rank: int, repeats: int) -> float:
     u, z = one.expand(batch, length, channels)[None], one.expand(batch, length, channels)
     with torch.no_grad():
         timing = time_functions({"scan": lambda: kernels.scan(u, [direction], z)}, 3 * repeats)
-    return timing.functions["scan"].fastest / (batch * length * channels)
+    return timing.times["scan"].fastest / (batch * length * channels)
 
 
 def model_figures(name: str, batch: int, dtype: torch.dtype, repeats: int) -> dict[str, float]:
@@ -124,7 +124,7 @@ def model_figures(name: str, batch: int, dtype: torch.dtype, repeats: int) -> di
     functions: dict[str, Any] = {"dense": lambda: model(images), "products": products}
     functions |= {f"-{share:.0%}": lambda fast=fast: fast(images) for share, fast in reduced.items()}
     with torch.no_grad():
-        found = time_functions(functions, repeats).functions
+        found = time_functions(functions, repeats).times
     scan = 2 * len(mixers) * scan_limit(mixers[0].d_state, mixers[0].dt_rank, repeats)
     times = {key: timing.median for key, timing in found.items()}
     times["scan limit"] = scan * batch * length * model.d_inner

@@ -2,8 +2,8 @@
 
     python recipes/make_samples.py TEST.parquet [--per-class 100] [--out src/mambatrim/assets/cifar10_samples.zip]
 
-As many images of each class as wanted, drawn with a fixed seed, their encoded bytes stored as they are in the parquet file:
-CLASS/ROW.jpg, ROW being the row there. The same file gives the same zip, byte for byte.
+As many images of each class as wanted, drawn with a fixed seed, their encoded bytes stored as they are in the parquet
+file: CLASS/ROW.jpg, ROW being the row there. The same file gives the same zip, byte for byte.
 """
 
 from __future__ import annotations

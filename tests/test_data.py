@@ -7,6 +7,7 @@ import json
 import os
 import struct
 import sys
+import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mambatrim.data import Folder, Parquet, batches, load_images, open_dataset, preprocess, read_image
+from mambatrim.data import Folder, Parquet, Zip, batches, load_images, open_dataset, preprocess, read_image
 from mambatrim.models.spec import ModelSpec, Preprocess
 
 CIFAR = Path(__file__).resolve().parents[2] / "shared" / "data" / "cifar10" / "test.parquet"
@@ -334,6 +335,75 @@ def test_an_empty_class_keeps_its_label(folder: Path) -> None:
     assert Folder(folder)[0][1] == 1
 
 
+def zipped(folder: Path, path: Path, entries_of_folders: bool = False) -> Path:
+    """The folder in a zip file, in an order that nobody would choose."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in sorted(folder.rglob("*"), reverse=True):
+            if file.is_file() or entries_of_folders:
+                archive.write(file, file.relative_to(folder))
+    return path
+
+
+def test_zip_is_read_like_the_folder_in_it(folder: Path, tmp_path: Path) -> None:
+    on_disk, dataset = Folder(folder), Zip(zipped(folder, tmp_path / "photos.zip"))
+    assert (len(dataset), dataset.classes) == (5, ("bear", "cat", "wolf"))
+    assert [(image.tobytes(), label) for image, label in (dataset[i] for i in range(5))] == [
+        (image.tobytes(), label) for image, label in (on_disk[i] for i in range(5))
+    ]
+    assert dataset.samples[3] == ("cat/deeper/z.JPG", 1)
+    with pytest.raises(IndexError):
+        dataset[5]
+
+
+def test_an_empty_class_in_a_zip_keeps_its_label(folder: Path, tmp_path: Path) -> None:
+    (folder / "ant").mkdir()
+    dataset = Zip(zipped(folder, tmp_path / "photos.zip", entries_of_folders=True))
+    assert dataset.classes == ("ant", "bear", "cat", "wolf") and dataset[0][1] == 1
+
+
+def test_zip_refuses_what_it_cannot_read(folder: Path, tmp_path: Path) -> None:
+    whole = zipped(folder, tmp_path / "photos.zip").read_bytes()
+    (tmp_path / "cut.zip").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.zip").write_text("howl")
+    (tmp_path / "empty.zip").write_bytes(b"")
+    for name in ("cut", "text", "empty"):
+        with pytest.raises(ValueError, match=f"{name}.zip is a damaged zip file or none at all") as error:
+            Zip(tmp_path / f"{name}.zip")
+        assert "\n" not in str(error.value)
+    with zipfile.ZipFile(tmp_path / "flat.zip", "w") as archive:
+        archive.write(folder / "wolf" / "0.png", "0.png")
+    with pytest.raises(ValueError, match="flat.zip has no images in folders"):
+        Zip(tmp_path / "flat.zip")
+    with pytest.raises(ValueError, match="there is no file"):
+        Zip(tmp_path / "missing.zip")
+
+
+def test_a_damaged_entry_of_a_zip_is_named(folder: Path, tmp_path: Path) -> None:
+    path = zipped(folder, tmp_path / "photos.zip")
+    content = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        place = archive.getinfo("wolf/0.png").header_offset + 30 + len("wolf/0.png") + 8
+    path.write_bytes(content[:place] + bytes(byte ^ 0x55 for byte in content[place : place + 8]) + content[place + 8 :])
+    with pytest.raises(ValueError, match="wolf/0.png in .*photos.zip is damaged or cannot be unpacked") as error:
+        list(batches(Zip(path), PLAIN, 2))
+    assert "\n" not in str(error.value)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+@pytest.mark.filterwarnings("error")
+def test_damage_in_a_zip_is_a_value_error_or_harmless(folder: Path, tmp_path: Path, data: st.DataObject) -> None:
+    content = bytearray(zipped(folder, tmp_path / "photos.zip").read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    (tmp_path / "photos.zip").write_bytes(content)
+    try:
+        dataset = Zip(tmp_path / "photos.zip")
+        assert all(dataset[i][0].mode == "RGB" for i in range(len(dataset)))
+    except ValueError as error:
+        assert "\n" not in str(error)
+
+
 def write_parquet(
     path: Path, labels: list[int], names: list[str] | None = None, group: int = 2, content: bytes | None = None
 ) -> Path:
@@ -402,6 +472,7 @@ def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatc
 
 def test_open_dataset_goes_by_what_is_there(folder: Path, tmp_path: Path) -> None:
     assert isinstance(open_dataset(folder), Folder)
+    assert isinstance(open_dataset(zipped(folder, tmp_path / "photos.ZIP")), Zip)
     (tmp_path / "tables").mkdir()
     path = write_parquet(tmp_path / "tables" / "a.parquet", [0, 1])
     assert isinstance(open_dataset(path), Parquet)

@@ -17,13 +17,20 @@ FLOORS = (
     {"names", "kernels", "reduction"},
     {"methods", "models"},
     {"flops", "data", "timing"},
-    {"apply", "evaluate", "visualize", "report"},
+    {"apply", "evaluate"},
+    {"visualize", "report"},
     {"demo"},
     {"cli", "__main__"},
 )
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 # rooms of one floor that may use each other, in this direction only
-BESIDE = {("models", "names"), ("report", "evaluate"), ("visualize", "evaluate"), ("evaluate", "timing"), ("__main__", "cli")}
+BESIDE = {
+    ("models", "names"),
+    ("report", "evaluate"),
+    ("visualize", "evaluate"),
+    ("evaluate", "timing"),
+    ("__main__", "cli"),
+}
 
 
 def rooms_imported(path: Path) -> set[str]:

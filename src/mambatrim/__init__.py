@@ -3,9 +3,11 @@
 from . import methods
 from .apply import reduce
 from .data import load_images
+from .evaluate import evaluate
 from .flops import count_flops, solve
 from .models import create_model, list_models
 from .reduction import Method, Reducer, Schedule
+from .visualize import visualize
 
 __all__ = [
     "Method",
@@ -13,10 +15,12 @@ __all__ = [
     "Schedule",
     "count_flops",
     "create_model",
+    "evaluate",
     "list_models",
     "load_images",
     "methods",
     "reduce",
     "solve",
+    "visualize",
 ]
 __version__ = "0.1.0"

@@ -49,8 +49,12 @@ def reduce(
     tokens = trunk.num_patches(image_size) + len(special)
     reducer = Reducer(chosen, schedule, special, tokens)
     reducer.lengths(tokens)  # says now, not in the forward, where a step removes too many
-    reduced = copy.copy(model)
+    return with_reducer(model, reducer.train(model.training))
+
+
+def with_reducer(model: Model, reducer: nn.Module) -> Model:
+    """A shallow copy of the model that shares the weights and has another reducer."""
+    other = copy.copy(model)
     # modules keep their children in a dict, which a shallow copy shares; the weights stay in theirs, shared
-    reduced._modules = dict(model._modules)
-    reduced.reducer = reducer.train(model.training)
-    return reduced
+    other._modules = {**model._modules, "reducer": reducer}
+    return other

@@ -213,7 +213,9 @@ class Zip:
         except (zipfile.BadZipFile, *_UNREADABLE) as error:
             raise ValueError(f"{self.path} is a damaged zip file or none at all ({error})") from error
         # a folder may have an entry of its own, as "cat/": an empty class keeps its label
-        entries = sorted(name for name in self._archive.namelist() if "/" in name and not name.startswith((".", "__")))
+        entries = sorted(
+            name for name in self._archive.namelist() if "/" in name and not name.startswith((".", "__MACOSX"))
+        )
         self.classes = tuple(sorted({name.split("/", 1)[0] for name in entries}))
         labels = {name: label for label, name in enumerate(self.classes)}
         images = [name for name in entries if PurePosixPath(name).suffix.lower() in SUFFIXES]

@@ -18,10 +18,19 @@ ImageSize = int | tuple[int, ...] | None
 class Trunk(Protocol):
     """What counting asks of a model; an image size of None is the model's own."""
 
-    depth: int
-    d_model: int
-    d_inner: int
     reducer: Reducer
+
+    @property
+    def depth(self) -> int:
+        """Blocks."""
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+
+    @property
+    def d_inner(self) -> int:
+        """Channels of the scan."""
 
     def special_tokens(self, image_size: ImageSize) -> tuple[int, ...]:
         """Where the stem puts class and register tokens."""

@@ -235,7 +235,7 @@ def _scan_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _scan_grad(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Any, ...]:
+def _scan_grad(ctx: Any, grad_y: Tensor | None, *others: None) -> tuple[Any, ...]:
     u, z, repeats, *flat = ctx.saved_tensors
     ends = list(accumulate(ctx.sizes, initial=0))
     lists = [list(flat[start:end]) for start, end in pairwise(ends)]

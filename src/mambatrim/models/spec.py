@@ -51,7 +51,7 @@ class CheckpointFile:
 
     Args:
         repo: id on the Hugging Face Hub, such as "hustvl/Vim-small-midclstok".
-        file: its name there.
+        file: its name there; empty where it is not known, and the user has to name it.
         key: where the weights are inside: "model", "model_ema", or "" for a file that holds nothing else.
         entries: number of tensors.
         parameters: number of numbers in them.

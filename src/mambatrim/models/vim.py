@@ -141,16 +141,11 @@ class Vim(nn.Module):
         return Cost(head=self.head.weight.numel())
 
 
-def _entry(name: str, d_model: int, stride: int, top1: float | None, file: str | None, key: str = "model") -> ModelSpec:
+def _entry(
+    name: str, d_model: int, stride: int, parameters: int, top1: float, file: str, key: str = "model"
+) -> ModelSpec:
     size = name.removeprefix("vim_").removesuffix("_plus")
-    parameters = {
-        ("tiny", 16): 7_148_008,
-        ("small", 16): 25_796_584,
-        ("base", 16): 97_598_440,
-        ("tiny", 8): 7_250_344,
-        ("small", 8): 26_001_256,
-    }[size, stride]
-    checkpoint = CheckpointFile(f"hustvl/Vim-{size}-midclstok", file, key, 415, parameters, top1) if file else None
+    checkpoint = CheckpointFile(f"hustvl/Vim-{size}-midclstok", file, key, 415, parameters, top1)
     return ModelSpec(
         name=name,
         family="vim",
@@ -163,13 +158,13 @@ def _entry(name: str, d_model: int, stride: int, top1: float | None, file: str |
 
 
 VARIANTS: dict[str, ModelSpec] = {
-    "vim_tiny": _entry("vim_tiny", 192, 16, 76.1, "vim_t_midclstok_76p1acc.pth"),
-    "vim_small": _entry("vim_small", 384, 16, 80.5, "vim_s_midclstok_80p5acc.pth"),
-    # the published 81.9 belong to the averaged weights
-    "vim_base": _entry("vim_base", 768, 16, 81.9, "vim_b_midclstok_81p9acc.pth", "model_ema"),
-    # published in the same repositories as the stride-16 models, under file names that are not known here
-    "vim_tiny_plus": _entry("vim_tiny_plus", 192, 8, 78.3, None),
-    "vim_small_plus": _entry("vim_small_plus", 384, 8, 81.6, None),
+    "vim_tiny": _entry("vim_tiny", 192, 16, 7_148_008, 76.1, "vim_t_midclstok_76p1acc.pth"),
+    "vim_small": _entry("vim_small", 384, 16, 25_796_584, 80.5, "vim_s_midclstok_80p5acc.pth"),
+    # the published accuracy of Base belongs to the averaged weights
+    "vim_base": _entry("vim_base", 768, 16, 97_598_440, 81.9, "vim_b_midclstok_81p9acc.pth", "model_ema"),
+    # in the repositories of the stride-16 models, under file names that were not known when this was written
+    "vim_tiny_plus": _entry("vim_tiny_plus", 192, 8, 7_250_344, 78.3, ""),
+    "vim_small_plus": _entry("vim_small_plus", 384, 8, 26_001_256, 81.6, ""),
     "vim_cifar10": ModelSpec(
         name="vim_cifar10",
         family="vim",
