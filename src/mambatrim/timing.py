@@ -43,23 +43,26 @@ class Timings:
     disturbance: str
 
 
-def time_functions(functions: Mapping[str, Callable[[], object]], repeats: int = 11, per: int = 1) -> Timings:
+def time_functions(
+    functions: Mapping[str, Callable[[], object]], repeats: int = 11, per: int = 1, keep_memory: bool = True
+) -> Timings:
     """Time functions against each other: one call of each to warm up, then all in turn, `repeats` times.
 
-    The order is reversed from round to round, so that a machine that slows down favours nobody. The memory of large
-    temporaries is kept by the process, for otherwise the larger of two models is charged for fetching it anew each
-    time.
+    The order is reversed from round to round, so that a machine that slows down favours nobody.
 
     Args:
         functions: by name; what runs on a GPU is waited for.
         repeats: rounds.
         per: units of work in a call, such as images; the times are for one of them.
+        keep_memory: let the process keep the memory of large temporaries (from now on), for otherwise the larger of two
+            models is charged for fetching it anew at each call.
     """
     if not functions:
         raise ValueError("there must be at least one function to time")
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, not {repeats}")
-    _keep_memory()
+    if keep_memory:
+        _keep_memory()
     for function in functions.values():
         _seconds(function)
     seconds: dict[str, list[float]] = {name: [] for name in functions}
