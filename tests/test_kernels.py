@@ -330,6 +330,31 @@ def test_norm_and_its_gradients(backend, width):
     assert kernels.rms_norm(x, weight, dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("shape", [(5, 7, 3), (1, 1, 1), (4, 65, 40), (0, 3, 4)])
+def test_products_and_their_gradients(shape):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, *shape[:1], shape[1], generator=generator).requires_grad_()
+    weight = torch.randn(shape[2], shape[1], generator=generator).requires_grad_()
+    y = kernels.linear(x, weight)
+    wide = [t.detach().double().requires_grad_() for t in (x, weight)]
+    expected = wide[0] @ wide[1].T
+    assert y.shape == expected.shape
+    if not y.numel():
+        return
+    close(y, expected)
+    grad = torch.randn(y.shape, generator=generator)
+    for a, b in zip(
+        torch.autograd.grad(y, [x, weight], grad), torch.autograd.grad(expected, wide, grad.double()), strict=True
+    ):
+        close(a, b)
+    with torch.no_grad():
+        assert torch.equal(kernels.linear(x, weight), y)
+        close(kernels.linear(x.transpose(0, 1), weight).transpose(0, 1), expected)
+    assert kernels.linear(x.bfloat16(), weight.bfloat16()).dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        assert kernels.linear(x, weight).dtype == torch.bfloat16
+
+
 # ------------------------------------------------------------------------------------- operators of PyTorch, mistakes
 
 
@@ -349,6 +374,7 @@ def test_opcheck():
     bias = [torch.randn(16, requires_grad=True) for _ in range(2)]
     x = torch.randn(2, 7, 16, requires_grad=True)
     torch.library.opcheck(torch.ops.mambatrim.causal_conv1d, (x, weight, bias, [False, True], True))
+    torch.library.opcheck(torch.ops.mambatrim.linear, (x, torch.randn(5, 16, requires_grad=True)))
     torch.library.opcheck(torch.ops.mambatrim.rms_norm, (x, torch.ones(16, requires_grad=True), 1e-5, torch.float32))
 
 

@@ -1,8 +1,9 @@
 """Tensors in, tensors out: the selective scan, the causal convolution and RMSNorm, with their gradients."""
 
 from .convolution import causal_conv1d
+from .linear import linear
 from .norm import rms_norm
 from .scan import Direction, Scan, scan, selective_scan
 from .scan_operator import scan_macs
 
-__all__ = ["Direction", "Scan", "causal_conv1d", "rms_norm", "scan", "scan_macs", "selective_scan"]
+__all__ = ["Direction", "Scan", "causal_conv1d", "linear", "rms_norm", "scan", "scan_macs", "selective_scan"]

@@ -16,10 +16,10 @@ constexpr int MAX_STATES = 256;
 
 // Parameters of one direction, transposed so that a block of W channels reads whole vectors.
 struct Packed {
-    const vf* a;       // (blocks, N): A log2(e)
-    const vf* weight;  // (blocks, R)
-    const vf* bias;    // (blocks)
-    const vf* d;       // (blocks)
+    vf* a;       // (blocks, N): A log2(e)
+    vf* weight;  // (blocks, R)
+    vf* bias;    // (blocks)
+    vf* d;       // (blocks)
 };
 
 INLINE int lanes(int64_t channels, int64_t block) { return (int)smaller(W, channels - block * W); }
@@ -32,21 +32,25 @@ INLINE void pack_rows(vf* out, const float* in, int64_t columns, int64_t first, 
     }
 }
 
-// Fills `out`, which holds blocks * (N + R + 2) vectors per direction.
-void pack(const ScanArgs& p, vf* out, Packed* packed) {
+// Where the parameters of each direction lie in `out`, which holds blocks * (N + R + 2) vectors per direction.
+void place(const ScanArgs& p, vf* out, Packed* packed) {
     const int64_t blocks = (p.channels + W - 1) / W, n = p.states, r = p.rank;
     for (int64_t s = 0; s < p.directions; s++) {
-        const ScanDirection& dir = p.direction[s];
         vf* a = out + s * blocks * (n + r + 2);
-        vf *weight = a + blocks * n, *bias = weight + blocks * r, *d = bias + blocks;
-        packed[s] = {a, weight, bias, d};
-        for (int64_t k = 0; k < blocks; k++) {
-            const int m = lanes(p.channels, k);
-            pack_rows(a + k * n, (const float*)dir.a, n, k * W, m, LOG2E);
-            if (r) pack_rows(weight + k * r, (const float*)dir.weight, r, k * W, m, 1.0f);
-            bias[k] = dir.bias ? load((const float*)dir.bias + k * W, m) : vf{};
-            d[k] = dir.d ? load((const float*)dir.d + k * W, m) : vf{};
-        }
+        packed[s] = {a, a + blocks * n, a + blocks * (n + r), a + blocks * (n + r + 1)};
+    }
+}
+
+// Fills in the parameters of one block, of all directions.
+INLINE void pack(const ScanArgs& p, const Packed* packed, int64_t block) {
+    const int64_t n = p.states, r = p.rank;
+    const int m = lanes(p.channels, block);
+    for (int64_t s = 0; s < p.directions; s++) {
+        const ScanDirection& dir = p.direction[s];
+        pack_rows(packed[s].a + block * n, (const float*)dir.a, n, block * W, m, LOG2E);
+        if (r) pack_rows(packed[s].weight + block * r, (const float*)dir.weight, r, block * W, m, 1.0f);
+        packed[s].bias[block] = dir.bias ? load((const float*)dir.bias + block * W, m) : vf{};
+        packed[s].d[block] = dir.d ? load((const float*)dir.d + block * W, m) : vf{};
     }
 }
 
@@ -151,10 +155,12 @@ int scan_forward(const ScanArgs& p) {
         return 1;
     }
     Packed packed[4];
-    pack(p, parameters, packed);
+    place(p, parameters, packed);
     int failed = 0;
 #pragma omp parallel num_threads((int)p.threads) if (p.threads > 1)
     {
+#pragma omp for schedule(static)
+        for (int64_t block = 0; block < blocks; block++) pack(p, packed, block);
         Scratch sum_y(length), sum_dt(length);
         if (!sum_y || !sum_dt) {
 #pragma omp atomic write
@@ -414,11 +420,13 @@ int scan_backward(const ScanArgs& p) {
     if (!packed_memory || !parameters || !rows_memory) return 1;
     float* partial = (float*)rows_memory.data;
     Packed packed[4];
-    pack(p, packed_memory, packed);
+    place(p, packed_memory, packed);
     for (int64_t i = 0; i < chunks * per_chunk; i++) parameters[i] = vf{};
     int failed = 0;
 #pragma omp parallel num_threads((int)p.threads) if (p.threads > 1)
     {
+#pragma omp for schedule(static)
+        for (int64_t block = 0; block < blocks; block++) pack(p, packed, block);
         BackwardScratch w(length, n_states, (blocks + groups - 1) / groups);
         if (w.failed()) {
 #pragma omp atomic write

@@ -1,0 +1,69 @@
+"""Matrix products with a weight: `torch.nn.functional.linear`, by the faster of the two libraries that PyTorch ships.
+
+In fp32 on a CPU, PyTorch calls MKL, which on processors of other makers than Intel reaches less than half of what oneDNN
+reaches (benchmarks/cpu.py prints both). So oneDNN is called where PyTorch has it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .library import register
+
+
+def _has_onednn() -> bool:
+    # the operator is private to PyTorch: other versions may lack it
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+_ONEDNN = _has_onednn()
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x (..., I) times weight (O, I) transposed -> (..., O).
+
+    A compiled or exported graph gets PyTorch's own operator, which every back end knows.
+    """
+    plain = (
+        not _ONEDNN
+        or torch.compiler.is_compiling()
+        or x.dtype != torch.float32
+        or weight.dtype != torch.float32
+        or x.device.type != "cpu"
+        or x.numel() == 0
+        or torch.is_autocast_enabled("cpu")
+    )
+    if plain:
+        return F.linear(x, weight)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return torch.ops.mambatrim.linear(x, weight)
+    return _onednn(x, weight)
+
+
+def _onednn(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+def _cpu(x: Tensor, weight: Tensor) -> Tensor:
+    return _onednn(x, weight) if _ONEDNN and x.dtype == torch.float32 else F.linear(x, weight)
+
+
+def _fake(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _grad(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    x, weight = ctx.saved_tensors
+    rows, inputs = grad.flatten(0, -2), x.flatten(0, -2)
+    return linear(grad, weight.T.contiguous()), linear(rows.T.contiguous(), inputs.T.contiguous())
+
+
+register("linear", "(Tensor x, Tensor weight) -> Tensor", *(_cpu, F.linear, _fake, _setup, _grad))
