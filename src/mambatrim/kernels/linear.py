@@ -1,7 +1,7 @@
 """Matrix products with a weight: `torch.nn.functional.linear`, by the faster of the two libraries that PyTorch ships.
 
-In fp32 on a CPU, PyTorch calls MKL, which on processors of other makers than Intel reaches less than half of what oneDNN
-reaches (benchmarks/cpu.py prints both). So oneDNN is called where PyTorch has it.
+In fp32 on a CPU, PyTorch calls MKL, which on processors of other makers than Intel may reach less than half of what
+oneDNN reaches (benchmarks/cpu.py prints both). So oneDNN is called where PyTorch has it.
 """
 
 from __future__ import annotations
