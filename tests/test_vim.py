@@ -9,21 +9,11 @@ import pytest
 import torch
 
 import mambatrim
-from mambatrim.kernels import cpu
-from mambatrim.models import MODELS, checkpoint
+from mambatrim.models import MODELS, checkpoint, vim
 from mambatrim.models.layers import BiMambaMixer, Block, PatchEmbed, cast, resize_positions
 from mambatrim.models.vim import Vim, VimConfig
 
 FIXTURES = ("vim_e32_d4_img48x80", "vim_e32_d4_img64", "vim_e32_d4_img64_stride8", "vim_e24_d24_img224")
-FORMS = ["compiled", "pytorch"] if not cpu.missing() else ["pytorch"]
-
-
-@pytest.fixture(params=FORMS)
-def form(request, monkeypatch):
-    """The compiled kernels, and the PyTorch form that runs without them."""
-    if request.param == "pytorch":
-        monkeypatch.setattr(cpu, "handles", lambda *tensors: False)
-    return request.param
 
 
 def build(file) -> Vim:
@@ -53,34 +43,9 @@ def tiny(seed: int = 0, **changes) -> Vim:
 
 
 @pytest.mark.parametrize("name", FIXTURES)
-@torch.no_grad()
-def test_parity_with_the_official_code(golden, form, name):
+def test_parity_with_the_official_code(golden, compare_with_official, form, name):
     file = golden(name)
-    model = build(file)
-
-    def check(what, actual, expected):
-        allowed = max(
-            4 * max(file.checks["max_abs_float32_minus_float64"].values()), 1e-5 * expected.abs().max().item()
-        )
-        error = (actual - expected).abs().max().item()
-        assert error <= allowed, f"{what}: {error:.2e} > {allowed:.2e}"
-
-    tokens = model.embed(file.tensors["input"])
-    for i, layer in enumerate(model.layers):
-        stored = file.part(f"layers.{i}.")
-        if "residual" in stored:
-            check(f"residual {i}", tokens.x, stored["residual"])
-        x, captured = layer(tokens.x, ("update", "dt", "dt_mean"))
-        if "hidden" in stored:
-            check(f"hidden {i}", captured["update"], stored["hidden"])
-        if "delta_f" in stored:
-            dt = captured["dt"]  # (B, S, L, E)
-            check(f"delta_f {i}", dt[:, 0].transpose(1, 2), stored["delta_f"])
-            check(f"delta_b {i}", dt[:, 1].flip(1).transpose(1, 2), stored["delta_b"])
-            check(f"mean of delta {i}", captured["dt_mean"], dt.mean(-1))
-        tokens = tokens.with_x(x)
-    check("tokens", model.norm_f(tokens.x), file.tensors["tokens"])
-    check("logits", model(file.tensors["input"]), file.tensors["logits"])
+    compare_with_official(build(file), file)
 
 
 @pytest.mark.parametrize("case", ["halved", "summed"])
@@ -303,6 +268,6 @@ def test_mistakes_are_named(tmp_path):
 
 
 def test_models_are_listed():
-    assert mambatrim.list_models("vim_*") == list(MODELS)
+    assert mambatrim.list_models("vim_*") == list(vim.VARIANTS)
     assert mambatrim.create_model("vim_cifar10", image_size=(40, 40)).spec.preprocess.size == (40, 40)
     assert PatchEmbed(3, 8, 16, 8).grid(224, 224) == (27, 27)

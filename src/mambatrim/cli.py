@@ -23,7 +23,7 @@ from .evaluate import spec_of
 from .flops import count_flops
 from .kernels import cpu
 from .models import BUNDLED, MODELS, create_model
-from .models.vim import Vim
+from .models.flat import FlatMamba
 from .names import lookup
 from .report import describe_machine, giga, percent, report, result, table, to_json
 
@@ -272,25 +272,21 @@ def _info(options: argparse.Namespace) -> int:
     model = _blueprint(options.name)
     spec, size = spec_of(model), options.image_size
     fast = reduce(model, flops_reduction=options.flops_reduction, image_size=size)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
     if options.json:
-        figures = {"parameters": parameters, "licence": spec.licence, "source": spec.source}
-        figures["published_top1"] = spec.checkpoint.top1 if spec.checkpoint else None
-        figures["weights"] = _weights_source(options.name)
+        figures = _published(options.name, model)
         names = ["dense", "reduced"] if options.flops_reduction else ["dense"]
         entries = [result(name, each, figures, size) for name, each in zip(names, (model, fast), strict=False)]
         print(to_json(report("info", entries)))
         return OK
     patches, special = model.num_patches(size), len(model.special_tokens(size))
     how = spec.preprocess
-    height, width = (size, size) if size else how.size
-    top1 = f"{spec.checkpoint.top1} % on ImageNet-1K, as published" if spec.checkpoint else "not published"
+    *frames, height, width = model.sides(size)
+    crop = f"{height} x {width} pixels, short side resized to {min(how.resize)} ({how.interpolation}), centre crop"
+    published = spec.checkpoint
+    top1 = f"{published.top1} % on {published.dataset}, as published" if published else "not published"
     facts = [
-        ("parameters", f"{parameters:,}"),
-        (
-            "input",
-            f"{height} x {width} pixels, short side resized to {min(how.resize)} ({how.interpolation}), centre crop",
-        ),
+        ("parameters", f"{_parameters(model):,}"),
+        ("input", f"{frames[0]} frames of {crop}" if frames else crop),
         ("tokens", f"{patches + special}: {patches} patches, {special} special"),
         ("blocks", f"{model.depth}, d_model {model.d_model}, d_inner {model.d_inner}"),
         ("top-1", top1),
@@ -309,7 +305,7 @@ def _info(options: argparse.Namespace) -> int:
     return OK
 
 
-def _flops_table(model: Vim, fast: Vim, size: int | None, reduced: bool) -> str:
+def _flops_table(model: FlatMamba, fast: FlatMamba, size: int | None, reduced: bool) -> str:
     rows = []
     for convention, text in CONVENTIONS.items():
         counted = count_flops(fast, size, convention)
@@ -323,21 +319,48 @@ def _list_models(options: argparse.Namespace) -> int:
         raise ValueError(f"name a model, for example: mambatrim info {MODEL} --flops-reduction 0.4")
     models = {name: _blueprint(name) for name in MODELS}
     if options.json:
-        print(to_json(report("info", [result(name, model, {}) for name, model in models.items()])))
+        entries = [result(name, model, _published(name, model)) for name, model in models.items()]
+        print(to_json(report("info", entries)))
         return OK
-    rows = []
-    for name, model in models.items():
-        spec = spec_of(model)
-        counted, checkpoint = count_flops(model), spec.checkpoint
-        parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-        top1 = f"{checkpoint.top1} %" if checkpoint and checkpoint.top1 else "-"
-        side = "x".join(map(str, spec.preprocess.size))
-        rows.append((name, f"{parameters:.1f} M", side, str(counted.lengths[0]), giga(counted.total), top1))
-    print(table(("model", "parameters", "input", "tokens", "FLOPs", "published top-1"), rows))
+    header = ("model", "parameters", "input", "tokens", "FLOPs", "published top-1", "on", "licence", "weights")
+    print(table(header, [_model_row(name, model) for name, model in models.items()]))
     return OK
 
 
-def _blueprint(name: str) -> Vim:
+def _model_row(name: str, model: FlatMamba) -> tuple[str, ...]:
+    spec, counted = spec_of(model), count_flops(model)
+    published = spec.checkpoint
+    return (
+        name,
+        f"{_parameters(model) / 1e6:.1f} M",
+        "x".join(map(str, model.sides())),
+        str(counted.lengths[0]),
+        giga(counted.total),
+        f"{published.top1} %" if published and published.top1 else "-",
+        published.dataset if published else "-",
+        spec.licence,
+        _weights_source(name),
+    )
+
+
+def _published(name: str, model: FlatMamba) -> dict[str, Any]:
+    """What is known about a model's weights, for a report."""
+    spec = spec_of(model)
+    return {
+        "parameters": _parameters(model),
+        "licence": spec.licence,
+        "source": spec.source,
+        "published_top1": spec.checkpoint.top1 if spec.checkpoint else None,
+        "dataset": spec.checkpoint.dataset if spec.checkpoint else None,
+        "weights": _weights_source(name),
+    }
+
+
+def _parameters(model: FlatMamba) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _blueprint(name: str) -> FlatMamba:
     """A model without values, which takes no time and no memory."""
     with torch.device("meta"):
         return create_model(name)

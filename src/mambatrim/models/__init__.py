@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from importlib.resources import as_file, files
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..names import lookup
-from . import vim
+from . import mamba_reg, videomamba, vim
 from .checkpoint import load, read_state_dict, resolve
+from .flat import FlatMamba
 from .layers import cast
 from .spec import CheckpointFile, ModelSpec, Preprocess
 
 __all__ = ["MODELS", "CheckpointFile", "ModelSpec", "Preprocess", "create_model", "list_models"]
 
-MODELS: dict[str, ModelSpec] = {**vim.VARIANTS}
-_BUILD: dict[str, Callable[[ModelSpec], vim.Vim]] = {"vim": lambda spec: vim.Vim(spec.config, spec)}
+MODELS: dict[str, ModelSpec] = {**vim.VARIANTS, **videomamba.VARIANTS, **mamba_reg.VARIANTS}
+_BUILD: dict[str, Callable[[ModelSpec], FlatMamba]] = {
+    "vim": lambda spec: vim.Vim(spec.config, spec),
+    "videomamba": lambda spec: videomamba.VideoMamba(spec.config, spec),
+    "mamba_reg": lambda spec: mamba_reg.MambaReg(spec.config, spec),
+}
+# families whose published files do not all have the names and shapes of the model
+_CONVERT: dict[str, Callable[[Mapping[str, Tensor], Any], dict[str, Tensor]]] = {"videomamba": videomamba.convert}
 # weights that lie in the package, by model
 BUNDLED: dict[str, str] = {"vim_cifar10": "vim_cifar10.safetensors"}
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -34,39 +43,59 @@ def create_model(
     name: str,
     weights: str | Path | None = None,
     num_classes: int | None = None,
-    image_size: tuple[int, int] | None = None,
+    image_size: int | tuple[int, ...] | None = None,
     dtype: torch.dtype = torch.float32,
-) -> vim.Vim:
+    in_chans: int | None = None,
+) -> FlatMamba:
     """A model of the zoo, in evaluation mode, with all its tokens.
 
     Args:
         name: one of `list_models()`.
         weights: a checkpoint file (official .pth, or .safetensors); a Hub id such as hustvl/Vim-small-midclstok,
-        downloaded
-            once; "bundled" for the weights that lie in the package; or None for random initial values.
+            downloaded once; "bundled" for the weights that lie in the package; or None for random initial values.
         num_classes: width of the classifier; with weights it must be theirs.
-        image_size: (height, width) that images are prepared for; position embeddings are resized as the model runs.
+        image_size: another input size for good: a side, (height, width), or (frames, height, width) of a video.
+            Position tables are resized, unless the weights have that size already.
         dtype: torch.float32 or torch.bfloat16, of the matrix products; residual stream and scan state stay fp32.
+        in_chans: channels of the images, 3 by default; with weights it must be theirs.
 
     Raises:
         ValueError: unknown name, weights that are missing, damaged or of another model, or an argument that does not
-        fit.
+            fit.
     """
     spec = lookup("model", name, MODELS)
     if dtype not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(map(str, _DTYPES))}, got {dtype}")
-    if num_classes is not None:
-        if num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
-        spec = replace(spec, config=replace(spec.config, num_classes=num_classes))
-    if image_size is not None:
-        spec = replace(spec, preprocess=replace(spec.preprocess, size=image_size))
+    for field, value in (("num_classes", num_classes), ("in_chans", in_chans)):
+        if value is not None:
+            if value < 1:
+                raise ValueError(f"{field} must be at least 1, got {value}")
+            spec = replace(spec, config=replace(spec.config, **{field: value}))
     model = _BUILD[spec.family](spec)
-    if weights == "bundled":
-        file = lookup("model with bundled weights", name, BUNDLED)
-        with as_file(files("mambatrim") / "assets" / file) as path:
-            load(model, read_state_dict(path, spec=spec), spec)
-    elif weights is not None:
-        load(model, read_state_dict(resolve(weights, spec), spec=spec), spec)
+    state = None if weights is None else _read(weights, spec)
+    if image_size is not None and (state is None or not _has_tables_of(state, model)):
+        model.resize(image_size)
+    if state is not None:
+        load(model, state, spec)
+    if image_size is not None:
+        model.resize(image_size)
     cast(model, dtype)
     return model.eval()
+
+
+def _read(weights: str | Path, spec: ModelSpec) -> Mapping[str, Tensor]:
+    """The tensors that `weights` names, under the model's names."""
+    if weights == "bundled":
+        file = lookup("model with bundled weights", spec.name, BUNDLED)
+        with as_file(files("mambatrim") / "assets" / file) as path:
+            state = read_state_dict(path, spec=spec)
+    else:
+        state = read_state_dict(resolve(weights, spec), spec=spec)
+    convert = _CONVERT.get(spec.family)
+    return state if convert is None else convert(state, spec.config)
+
+
+def _has_tables_of(state: Mapping[str, Tensor], model: FlatMamba) -> bool:
+    """Whether position tables have the shapes that the model has now."""
+    own = model.state_dict()
+    return all(own[name].shape == state[name].shape for name in own if "pos_embed" in name and name in state)

@@ -1,4 +1,4 @@
-"""What the flat families share: the norm, the bidirectional mixer, the block, the patch embedding, position resizing.
+"""Parts of the flat families: the norm, the bidirectional mixer, the block, the patch embedding, position tables.
 
 The dtype policy of a model stands here. The residual stream is fp32. `RMSNorm` computes in fp32 and returns the dtype
 that the projections compute in. `A_log`, `D` and the step-size bias stay fp32 in `cast`; the scan keeps its time step
@@ -10,7 +10,8 @@ Letters as in kernels/reference.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -76,7 +77,7 @@ class BiMambaMixer(nn.Module):
     def forward(self, x: Tensor, wanted: Sequence[str] = ()) -> tuple[Tensor, Captured]:
         """x (B, L, D) -> (B, L, D), and the signals that are `wanted` (reduction.SIGNALS), all tokens in token
         order."""
-        hidden, z = F.linear(x, self.in_proj.weight).chunk(2, dim=-1)  # (B, L, E) each
+        hidden, z = kernels.linear(x, self.in_proj.weight).chunk(2, dim=-1)  # (B, L, E) each
         weights = [self.conv1d.weight.squeeze(1), self.conv1d_b.weight.squeeze(1)]
         biases = [_given(self.conv1d.bias), _given(self.conv1d_b.bias)]
         u = kernels.causal_conv1d(hidden, weights, biases, reverse=(False, True))  # (2, B, L, E)
@@ -86,14 +87,14 @@ class BiMambaMixer(nn.Module):
             self._direction(backward, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b, True),
         ]
         scanned = kernels.scan(u, directions, z, scale=self.scale)
-        update = F.linear(scanned.y, self.out_proj.weight)  # (B, L, D)
+        update = kernels.linear(scanned.y, self.out_proj.weight)  # (B, L, D)
         return update, _capture(wanted, u, directions, z, scanned.dt_mean, update) if wanted else {}
 
     def _direction(
         self, u: Tensor, x_proj: nn.Linear, dt_proj: nn.Linear, A_log: Tensor, D: Tensor, reverse: bool
     ) -> kernels.Direction:
         sizes = [self.dt_rank, self.d_state, self.d_state]
-        dt, B, C = F.linear(u, x_proj.weight).split(sizes, dim=-1)  # (B, L, R), (B, L, N), (B, L, N)
+        dt, B, C = kernels.linear(u, x_proj.weight).split(sizes, dim=-1)  # (B, L, R), (B, L, N), (B, L, N)
         return kernels.Direction(dt, -torch.exp(A_log), B, C, D, dt_proj.bias, dt_proj.weight, reverse)
 
     def cost(self, length: int) -> Cost:
@@ -157,29 +158,39 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """A convolution that turns patches into tokens: (B, C, H, W) -> (B, M, D), row by row."""
+    """A convolution that turns patches into tokens: (B, C, H, W) -> (B, M, D), row by row; videos frame by frame.
 
-    def __init__(self, in_chans: int, d_model: int, patch: int, stride: int) -> None:
+    Args:
+        patch, stride: in pixels; or (frames, rows, columns) of a patch of a video, (B, C, T, H, W) -> (B, M, D).
+    """
+
+    def __init__(
+        self, in_chans: int, d_model: int, patch: int | tuple[int, ...], stride: int | tuple[int, ...]
+    ) -> None:
         super().__init__()
-        self.patch, self.stride = patch, stride
-        self.proj = nn.Conv2d(in_chans, d_model, kernel_size=patch, stride=stride)
+        self.patch = (patch, patch) if isinstance(patch, int) else patch
+        self.stride = (stride, stride) if isinstance(stride, int) else stride
+        convolution: Callable[..., nn.Conv2d | nn.Conv3d] = nn.Conv3d if len(self.patch) == 3 else nn.Conv2d
+        self.proj = convolution(in_chans, d_model, kernel_size=self.patch, stride=self.stride)
 
     def reset(self) -> None:
         """Outputs of unit variance for inputs of unit variance."""
         nn.init.trunc_normal_(self.proj.weight, std=self.proj.weight[0].numel() ** -0.5)
         nn.init.zeros_(_given(self.proj.bias))
 
-    def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Patches per column and row; raises ValueError for an image smaller than a patch."""
-        if height < self.patch or width < self.patch:
-            raise ValueError(f"an image must have at least {self.patch}x{self.patch} pixels, got {height}x{width}")
-        return (height - self.patch) // self.stride + 1, (width - self.patch) // self.stride + 1
+    def grid(self, *sides: int) -> tuple[int, ...]:
+        """Patches along each of (height, width) or (frames, height, width); raises ValueError for less than one."""
+        if len(sides) != len(self.patch) or any(side < one for side, one in zip(sides, self.patch, strict=True)):
+            kind, unit = ("a video", "frames by pixels") if len(self.patch) == 3 else ("an image", "pixels")
+            least, given = "x".join(map(str, self.patch)), "x".join(map(str, sides))
+            raise ValueError(f"{kind} must have at least {least} {unit}, got {given}")
+        return tuple((n - one) // step + 1 for n, one, step in zip(sides, self.patch, self.stride, strict=True))
 
     def forward(self, images: Tensor) -> Tensor:
         return self.proj(images.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
 
 
-def resize_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+def resize_positions(table: Tensor, old: tuple[int, ...], new: tuple[int, ...]) -> Tensor:
     """Patch position embeddings (1, h w, D) for another grid: bicubic, corners not aligned. The same table for the
     same grid."""
     if old == new:
@@ -189,13 +200,42 @@ def resize_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]) 
     return image.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)
 
 
+def resize_frames(table: Tensor, frames: int) -> Tensor:
+    """Temporal position embeddings (1, t, D) for another number of frames: linear, ends not aligned. The same table
+    for the same number."""
+    if table.shape[1] == frames:
+        return table
+    line = table.transpose(1, 2).to(torch.float32)  # (1, D, t)
+    line = F.interpolate(line, size=frames, mode="linear", align_corners=False)
+    return line.transpose(1, 2).to(table.dtype)
+
+
+def join_rows(patches: Tensor, special: Tensor, at: Sequence[int]) -> Tensor:
+    """Put special tokens (B, n, D) between the patches (B, M, D), to the ascending positions `at` of (B, M + n, D)."""
+    pieces, start = [], 0
+    for k, position in enumerate(at):
+        pieces += [patches[:, start : position - k], special[:, k : k + 1]]
+        start = position - k
+    return torch.cat([*pieces, patches[:, start:]], dim=1)
+
+
+def split_rows(x: Tensor, at: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The inverse of `join_rows`: (B, M + n, D) -> (B, M, D), (B, n, D)."""
+    if not at:
+        return x, x[:, :0]
+    ends = [*at, x.shape[1]]
+    patches = [x[:, : at[0]], *(x[:, a + 1 : b] for a, b in pairwise(ends))]
+    return torch.cat(patches, dim=1), torch.cat([x[:, a : a + 1] for a in at], dim=1)
+
+
 def cast(model: nn.Module, dtype: torch.dtype) -> None:
     """Put projections and embeddings in `dtype`, in place; norms, A_log, D, step-size biases and convolution taps
     stay fp32."""
-    keep = ("A_log", "A_b_log", "D", "D_b")
-    for module in model.modules():
+    scan, steps = ("A_log", "A_b_log", "D", "D_b"), ("dt_proj", "dt_proj_b")
+    for path, module in model.named_modules():
         if isinstance(module, RMSNorm):
             continue
         for name, parameter in module.named_parameters(recurse=False):
-            fp32 = name in keep or isinstance(module, nn.Conv1d)
+            step_bias = name == "bias" and path.rpartition(".")[2] in steps
+            fp32 = name in scan or step_bias or isinstance(module, nn.Conv1d)
             parameter.data = parameter.data.to(torch.float32 if fp32 else dtype)

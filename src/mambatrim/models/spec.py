@@ -55,7 +55,8 @@ class CheckpointFile:
         key: where the weights are inside: "model", "model_ema", or "" for a file that holds nothing else.
         entries: number of tensors.
         parameters: number of numbers in them.
-        top1: published ImageNet-1K accuracy in percent, or None.
+        top1: published accuracy in percent, or None.
+        dataset: what it was measured on.
     """
 
     repo: str
@@ -64,6 +65,7 @@ class CheckpointFile:
     entries: int
     parameters: int
     top1: float | None
+    dataset: str = "ImageNet-1K"
 
 
 @dataclass(frozen=True)
