@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -88,10 +89,10 @@ def test_bf16_is_near_fp32(tiny_model):
     exact = model(images)
     half = copy.deepcopy(model)
     cast(half, torch.bfloat16)
-    mixer = half.blocks()[0].mixer
-    kept = (mixer.A_log, mixer.D_b, mixer.dt_proj.bias, mixer.conv1d.weight, half.norm_f.weight)
-    assert {parameter.dtype for parameter in kept} == {torch.float32}
-    assert half.head.weight.dtype == mixer.in_proj.weight.dtype == torch.bfloat16
+    exactly = re.compile(r".*(\.A(_b)?_log.*|\.D(_.)?|dt_proj.*\.bias|conv1d.*|norm.*)")
+    kept = {name for name, parameter in half.named_parameters() if parameter.dtype == torch.float32}
+    assert kept == {name for name, _ in half.named_parameters() if exactly.fullmatch(name)}
+    assert half.head.weight.dtype == half.blocks()[0].mixer.in_proj.weight.dtype == torch.bfloat16
     assert (half(images) - exact).abs().max() <= 0.05 * exact.abs().max()
     assert torch.isfinite(mambatrim.reduce(half, flops_reduction=0.2)(images)).all()
 
@@ -152,7 +153,9 @@ def test_feature_maps_have_every_token_s_row_where_it_belongs(tiny_model):
         for place, token in enumerate(tokens.origin.dest[b].tolist()):
             assert torch.equal(whole.x[b, place], tokens.x[b, token])
         assert torch.equal(mapped[b].flatten(1).T, whole.x[b, patches])
-    assert whole.x.shape == dense.x.shape and torch.equal(fast.forward_head(whole), fast(images))
+    # a mean over un-merged rows is the size-weighted mean over merged ones, but for rounding
+    assert whole.x.shape == dense.x.shape
+    assert torch.allclose(fast.forward_head(whole), fast(images), atol=1e-6)
     with pytest.raises(ValueError, match="layers must be from 0 to 3, got 4"):
         fast.feature_maps(images, layers=[4])
 

@@ -31,6 +31,9 @@ def reduce(
         method: a name of `methods.METHODS`, or a Method with options, such as `methods.mtr(feature="update")`.
         image_size: input size that the saving is meant for; the model's own by default.
     """
+    why = getattr(model, "why_dense", None)
+    if why is not None:
+        raise ValueError(f"tokens cannot be removed from {type(model).__name__}: {why}")
     if not isinstance(getattr(model, "reducer", None), Reducer) or hasattr(model, "_orig_mod"):
         raise ValueError(
             f"reduce takes a model with a reducer, before torch.compile; {type(model).__name__} has none to replace"

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from PIL import Image
@@ -20,10 +20,10 @@ from .apply import reduce
 from .data import preprocess, read_image
 from .demo import MODEL, demo
 from .evaluate import spec_of
-from .flops import count_flops
+from .flops import Trunk, count_flops
 from .kernels import cpu
-from .models import BUNDLED, MODELS, create_model
-from .models.flat import FlatMamba
+from .models import BUNDLED, MODELS, Model, create_model
+from .models.grid import GridModel
 from .names import lookup
 from .report import describe_machine, giga, percent, report, result, table, to_json
 
@@ -246,6 +246,8 @@ def _own_weights(name: str) -> str:
         return "bundled"
     if spec.checkpoint is None:
         raise ValueError(f"{name} needs --weights FILE: a checkpoint from {spec.source}")
+    if not spec.checkpoint.repo:
+        raise ValueError(f"{name} needs --weights FILE: {spec.checkpoint.file or 'a checkpoint'} from {spec.source}")
     raise ValueError(
         f"{name} needs --weights: a checkpoint file, or {spec.checkpoint.repo} to download one from the Hub"
     )
@@ -271,14 +273,13 @@ def _info(options: argparse.Namespace) -> int:
     lookup("model", options.name, MODELS)
     model = _blueprint(options.name)
     spec, size = spec_of(model), options.image_size
-    fast = reduce(model, flops_reduction=options.flops_reduction, image_size=size)
+    fast = reduce(model, flops_reduction=options.flops_reduction, image_size=size) if options.flops_reduction else model
     if options.json:
         figures = _published(options.name, model)
         names = ["dense", "reduced"] if options.flops_reduction else ["dense"]
         entries = [result(name, each, figures, size) for name, each in zip(names, (model, fast), strict=False)]
         print(to_json(report("info", entries)))
         return OK
-    patches, special = model.num_patches(size), len(model.special_tokens(size))
     how = spec.preprocess
     *frames, height, width = model.sides(size)
     crop = f"{height} x {width} pixels, short side resized to {min(how.resize)} ({how.interpolation}), centre crop"
@@ -287,8 +288,7 @@ def _info(options: argparse.Namespace) -> int:
     facts = [
         ("parameters", f"{_parameters(model):,}"),
         ("input", f"{frames[0]} frames of {crop}" if frames else crop),
-        ("tokens", f"{patches + special}: {patches} patches, {special} special"),
-        ("blocks", f"{model.depth}, d_model {model.d_model}, d_inner {model.d_inner}"),
+        *_sequence(model, size),
         ("top-1", top1),
         ("weights", _weights_source(options.name)),
         ("licence", spec.licence),
@@ -299,13 +299,25 @@ def _info(options: argparse.Namespace) -> int:
         print(f"  {name:<12}{value}")
     print(f"\n{_flops_table(model, fast, size, bool(options.flops_reduction))}")
     if options.flops_reduction:
-        removed = list(fast.reducer.schedule.removed)
-        print(f"\nschedule for {percent(options.flops_reduction)} fewer FLOPs with mtr: {fast.reducer.extra_repr()}")
+        reducer = cast(Trunk, fast).reducer
+        removed = list(reducer.schedule.removed)
+        print(f"\nschedule for {percent(options.flops_reduction)} fewer FLOPs with mtr: {reducer.extra_repr()}")
         print(f"patches removed after each block, counted from 0: {removed}")
     return OK
 
 
-def _flops_table(model: FlatMamba, fast: FlatMamba, size: int | None, reduced: bool) -> str:
+def _sequence(model: Model, size: int | None) -> list[tuple[str, str]]:
+    """Tokens and blocks of a model that has a sequence of them; why tokens stay in one that has a grid."""
+    if isinstance(model, GridModel):
+        return [("tokens", f"all stay: {model.why_dense}")]
+    patches, special = model.num_patches(size), len(model.special_tokens(size))
+    return [
+        ("tokens", f"{patches + special}: {patches} patches, {special} special"),
+        ("blocks", f"{model.depth}, d_model {model.d_model}, d_inner {model.d_inner}"),
+    ]
+
+
+def _flops_table(model: Model, fast: Model, size: int | None, reduced: bool) -> str:
     rows = []
     for convention, text in CONVENTIONS.items():
         counted = count_flops(fast, size, convention)
@@ -327,14 +339,14 @@ def _list_models(options: argparse.Namespace) -> int:
     return OK
 
 
-def _model_row(name: str, model: FlatMamba) -> tuple[str, ...]:
+def _model_row(name: str, model: Model) -> tuple[str, ...]:
     spec, counted = spec_of(model), count_flops(model)
     published = spec.checkpoint
     return (
         name,
         f"{_parameters(model) / 1e6:.1f} M",
         "x".join(map(str, model.sides())),
-        str(counted.lengths[0]),
+        str(counted.lengths[0]) if counted.lengths else "-",
         giga(counted.total),
         f"{published.top1} %" if published and published.top1 else "-",
         published.dataset if published else "-",
@@ -343,7 +355,7 @@ def _model_row(name: str, model: FlatMamba) -> tuple[str, ...]:
     )
 
 
-def _published(name: str, model: FlatMamba) -> dict[str, Any]:
+def _published(name: str, model: Model) -> dict[str, Any]:
     """What is known about a model's weights, for a report."""
     spec = spec_of(model)
     return {
@@ -356,11 +368,11 @@ def _published(name: str, model: FlatMamba) -> dict[str, Any]:
     }
 
 
-def _parameters(model: FlatMamba) -> int:
+def _parameters(model: Model) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _blueprint(name: str) -> FlatMamba:
+def _blueprint(name: str) -> Model:
     """A model without values, which takes no time and no memory."""
     with torch.device("meta"):
         return create_model(name)
@@ -372,7 +384,8 @@ def _weights_source(name: str) -> str:
         return "in the package"
     if checkpoint is None:
         return f"a file from {MODELS[name].source}"
-    return f"{checkpoint.file or 'a file'} of {checkpoint.repo} on the Hub"
+    file = checkpoint.file or "a file"
+    return f"{file} of {checkpoint.repo} on the Hub" if checkpoint.repo else f"{file} from {MODELS[name].source}"
 
 
 # ------------------------------------------------------------------------------------------------------------ terminal

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Protocol
+from typing import Protocol, cast
 
 from . import methods
 from .reduction import Cost, Method, Reducer, Schedule, default_stages
@@ -48,6 +48,13 @@ class Trunk(Protocol):
         """Cost of the classifier."""
 
 
+class Whole(Protocol):
+    """What counting asks of a model whose tokens all stay."""
+
+    def cost(self, image_size: ImageSize) -> Cost:
+        """Cost of one image."""
+
+
 @dataclass(frozen=True)
 class FlopsReport:
     """FLOPs of one image.
@@ -57,7 +64,7 @@ class FlopsReport:
     ratio: total / dense_total.
     per_block: each block, without the reduction after it.
     reduction: scores, matching and merging of all steps together.
-    lengths: tokens that enter each block.
+    lengths: tokens that enter each block; none, and no per_block, for a model on a grid, which keeps all its tokens.
     convention: which of `reduction.CONVENTIONS` counted.
     """
 
@@ -70,7 +77,7 @@ class FlopsReport:
     convention: str
 
 
-def count_flops(model: Trunk, image_size: ImageSize = None, convention: str = "both") -> FlopsReport:
+def count_flops(model: Trunk | Whole, image_size: ImageSize = None, convention: str = "both") -> FlopsReport:
     """Count the model as its reducer runs it.
 
     Args:
@@ -79,8 +86,13 @@ def count_flops(model: Trunk, image_size: ImageSize = None, convention: str = "b
         convention: "both" scan directions (what runs), "paper" (one direction, as R-MeeTo and DyVM count), or
             "projections" (the scan unseen). The ratio hardly differs between them.
     """
-    schedule = model.reducer.schedule if model.reducer.schedule.depth else Schedule.none(model.depth)
-    return _count(model, schedule, model.reducer.method, image_size, convention)
+    reducer: Reducer | None = getattr(model, "reducer", None)
+    if reducer is None:
+        total = cast(Whole, model).cost(image_size).total(convention)
+        return FlopsReport(total, total, 1.0, (), 0, (), convention)
+    trunk = cast(Trunk, model)
+    schedule = reducer.schedule if reducer.schedule.depth else Schedule.none(trunk.depth)
+    return _count(trunk, schedule, reducer.method, image_size, convention)
 
 
 def solve(

@@ -15,7 +15,7 @@ from . import __version__
 from .evaluate import spec_of
 from .flops import ImageSize, Trunk, count_flops
 from .kernels import cpu
-from .reduction import CONVENTIONS, Schedule
+from .reduction import CONVENTIONS, Reducer
 
 SCHEMA = "mambatrim-report-1"
 
@@ -42,15 +42,14 @@ def report(kind: str, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def result(name: str, model: nn.Module, figures: Mapping[str, Any], image_size: ImageSize = None) -> dict[str, Any]:
     """One model of a report: which it is, what its reducer does, and the figures that were found."""
-    trunk = cast(Trunk, model)
-    reducer = trunk.reducer
-    counts = {convention: count_flops(trunk, image_size, convention) for convention in CONVENTIONS}
-    schedule = reducer.schedule if reducer.schedule.depth else Schedule.none(trunk.depth)
+    counts = {convention: count_flops(cast(Trunk, model), image_size, convention) for convention in CONVENTIONS}
+    reducer: Reducer | None = getattr(model, "reducer", None)  # models on a grid have none
+    removed = [] if reducer is None else list(reducer.schedule.removed) or [0] * len(counts["both"].lengths)
     return {
         "name": name,
         "model": spec_of(model).name,
-        "method": reducer.method.name,
-        "schedule": {"removed": list(schedule.removed)},
+        "method": "dense" if reducer is None else reducer.method.name,
+        "schedule": {"removed": removed},
         "tokens": list(counts["both"].lengths),
         "flops": {convention: counts[convention].total for convention in counts},
         "figures": dict(figures),

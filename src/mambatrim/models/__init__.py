@@ -13,22 +13,44 @@ import torch
 from torch import Tensor
 
 from ..names import lookup
-from . import mamba_reg, videomamba, vim
+from . import localvim, localvmamba, mamba_reg, mambavision, plainmamba, videomamba, vim, vmamba
 from .checkpoint import load, read_state_dict, resolve
 from .flat import FlatMamba
+from .grid import GridModel
 from .layers import cast
 from .spec import CheckpointFile, ModelSpec, Preprocess
 
-__all__ = ["MODELS", "CheckpointFile", "ModelSpec", "Preprocess", "create_model", "list_models"]
+__all__ = ["BUNDLED", "MODELS", "CheckpointFile", "Model", "ModelSpec", "Preprocess", "create_model", "list_models"]
 
-MODELS: dict[str, ModelSpec] = {**vim.VARIANTS, **videomamba.VARIANTS, **mamba_reg.VARIANTS}
-_BUILD: dict[str, Callable[[ModelSpec], FlatMamba]] = {
+# flat models have a reducer; grid models keep all their tokens
+Model = FlatMamba | GridModel
+
+MODELS: dict[str, ModelSpec] = {
+    **vim.VARIANTS,
+    **videomamba.VARIANTS,
+    **mamba_reg.VARIANTS,
+    **localvim.VARIANTS,
+    **plainmamba.VARIANTS,
+    **vmamba.VARIANTS,
+    **localvmamba.VARIANTS,
+    **mambavision.VARIANTS,
+}
+_BUILD: dict[str, Callable[[ModelSpec], Model]] = {
     "vim": lambda spec: vim.Vim(spec.config, spec),
     "videomamba": lambda spec: videomamba.VideoMamba(spec.config, spec),
     "mamba_reg": lambda spec: mamba_reg.MambaReg(spec.config, spec),
+    "local_vim": lambda spec: localvim.LocalVim(spec.config, spec),
+    "plain_mamba": lambda spec: plainmamba.PlainMamba(spec.config, spec),
+    "vmamba": lambda spec: vmamba.VMamba(spec.config, spec),
+    "local_vmamba": lambda spec: localvmamba.LocalVMamba(spec.config, spec),
+    "mambavision": lambda spec: mambavision.MambaVision(spec.config, spec),
 }
 # families whose published files do not all have the names and shapes of the model
-_CONVERT: dict[str, Callable[[Mapping[str, Tensor], Any], dict[str, Tensor]]] = {"videomamba": videomamba.convert}
+_CONVERT: dict[str, Callable[[Mapping[str, Tensor], Any], dict[str, Tensor]]] = {
+    "videomamba": videomamba.convert,
+    "vmamba": vmamba.convert,
+    "mambavision": mambavision.convert,
+}
 # weights that lie in the package, by model
 BUNDLED: dict[str, str] = {"vim_cifar10": "vim_cifar10.safetensors"}
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -46,7 +68,7 @@ def create_model(
     image_size: int | tuple[int, ...] | None = None,
     dtype: torch.dtype = torch.float32,
     in_chans: int | None = None,
-) -> FlatMamba:
+) -> Model:
     """A model of the zoo, in evaluation mode, with all its tokens.
 
     Args:
@@ -95,7 +117,7 @@ def _read(weights: str | Path, spec: ModelSpec) -> Mapping[str, Tensor]:
     return state if convert is None else convert(state, spec.config)
 
 
-def _has_tables_of(state: Mapping[str, Tensor], model: FlatMamba) -> bool:
+def _has_tables_of(state: Mapping[str, Tensor], model: Model) -> bool:
     """Whether position tables have the shapes that the model has now."""
     own = model.state_dict()
     return all(own[name].shape == state[name].shape for name in own if "pos_embed" in name and name in state)

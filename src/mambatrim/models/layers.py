@@ -10,6 +10,7 @@ Letters as in kernels/reference.py.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
@@ -22,6 +23,8 @@ from ..kernels import reference
 from ..reduction import Cost
 
 EPS = 1e-5
+# parameters of the scan itself, as the families name them
+_OF_THE_SCAN = re.compile(r"A(_b)?_logs?(_\d)?|Ds?(_b|_\d)?|dt_projs_bias|direction_Bs")
 Captured = dict[str, Tensor]
 
 
@@ -229,13 +232,12 @@ def split_rows(x: Tensor, at: Sequence[int]) -> tuple[Tensor, Tensor]:
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> None:
-    """Put projections and embeddings in `dtype`, in place; norms, A_log, D, step-size biases and convolution taps
-    stay fp32."""
-    scan, steps = ("A_log", "A_b_log", "D", "D_b"), ("dt_proj", "dt_proj_b")
+    """Put projections and embeddings in `dtype`, in place; norms, A, D, step-size biases and 1-D convolution taps stay
+    fp32."""
     for path, module in model.named_modules():
-        if isinstance(module, RMSNorm):
+        if isinstance(module, RMSNorm | nn.LayerNorm | nn.BatchNorm2d):
             continue
         for name, parameter in module.named_parameters(recurse=False):
-            step_bias = name == "bias" and path.rpartition(".")[2] in steps
-            fp32 = name in scan or step_bias or isinstance(module, nn.Conv1d)
+            step_bias = name == "bias" and path.rpartition(".")[2].startswith("dt_proj")
+            fp32 = step_bias or isinstance(module, nn.Conv1d) or _OF_THE_SCAN.fullmatch(name) is not None
             parameter.data = parameter.data.to(torch.float32 if fp32 else dtype)
