@@ -190,6 +190,25 @@ def test_gradients_flow_through_merge_and_unmerge():
     assert torch.autograd.gradcheck(lambda x: a.unmerge(a.merge(x, weight)), x)
 
 
+@given(assignments(steps=2), SEEDS)
+def test_arranging_moves_rows_and_nothing_else(chain, seed):
+    a, b = chain
+    generator = torch.Generator().manual_seed(seed)
+    key = torch.randint(0, 3, a.dest.shape, generator=generator)  # with ties, which keep their order
+    other = a.arrange(key)
+    for image, row in enumerate(a.keep.tolist()):
+        assert other.keep[image].tolist() == sorted(row, key=lambda old: int(key[image, old]))
+    x = torch.randn(*a.dest.shape, 3, generator=generator, dtype=torch.float64)
+    weight = torch.rand(a.dest.shape, generator=generator, dtype=torch.float64) + 0.1
+    order = torch.argsort(key.gather(1, a.keep), dim=1, stable=True)
+    torch.testing.assert_close(other.merge(x, weight), take_rows(a.merge(x, weight), order))
+    assert torch.equal(matrix(other), matrix(a).gather(1, order.unsqueeze(2).expand(-1, -1, a.length)))
+    positions = torch.arange(a.length).expand_as(a.dest)
+    assert equal(other.arrange(positions), a)
+    # the next step sees the new order
+    assert torch.equal(matrix(other.then(b)), matrix(b) @ matrix(other))
+
+
 def test_from_keep_sorts_and_prunes_the_rest():
     a = Assignment.from_keep(torch.tensor([[4, 0, 2], [1, 3, 2]]), 5)
     assert a.keep.tolist() == [[0, 2, 4], [1, 2, 3]]

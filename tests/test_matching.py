@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mambatrim.reduction import DELTA, Links, Signals, inverse, matching, rank, scores
+from mambatrim.reduction import DELTA, Links, Signals, inverse, matching, rank, scan_score
 
 settings.register_profile("mambatrim", deadline=None, max_examples=40)
 settings.load_profile("mambatrim")
@@ -44,6 +44,19 @@ def test_pairs_are_arg_max_pairs(seed, batch, n, m, metric):
             runner_up = sorted(alike.values())[-2] if m > 1 else -math.inf
             if best - runner_up > 1e-5:  # no near-tie: then it has to be that very one
                 assert chosen == max(alike, key=lambda j: alike[j])
+
+
+@given(st.integers(0, 2**16), st.integers(1, 6), st.integers(1, 7), st.sampled_from(sorted(BRUTE)))
+def test_the_nth_best_partner(seed, nth, m, metric):
+    feature = torch.randn(1, 3 + m, 5, generator=torch.Generator().manual_seed(seed))
+    source, target = torch.arange(3)[None], torch.arange(3, 3 + m)[None]
+    links = getattr(matching, metric)(feature, source, target, nth)
+    for k in range(3):
+        own = feature[0, k].tolist()
+        alike = sorted((BRUTE[metric](own, feature[0, j].tolist()) for j in range(3, 3 + m)), reverse=True)
+        wanted = alike[min(nth, m) - 1]
+        assert float(links.similarity[0, k]) == pytest.approx(wanted, abs=1e-5)
+        assert BRUTE[metric](own, feature[0, int(links.target[0, k])].tolist()) == pytest.approx(wanted, abs=1e-5)
 
 
 @pytest.mark.parametrize("metric", sorted(BRUTE))
@@ -133,7 +146,7 @@ def test_scores_turn_with_the_sequence():
     mirrored = dt.flip(2).flip(1)
     expected = DELTA.pool(signals_of(dt)).flip(1)
     torch.testing.assert_close(DELTA.pool(signals_of(mirrored)), expected, rtol=0, atol=1e-6)
-    torch.testing.assert_close(scores.over_directions(mirrored), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(scan_score("dt").pool(signals_of(mirrored)), expected, rtol=0, atol=1e-6)
 
 
 def test_delta_is_the_mean_over_channels_and_the_sum_over_directions():

@@ -73,7 +73,7 @@ def test_options_are_functions_and_change_the_plan():
             "default": {},
             "update": {"feature": "update"},
             "dt": {"feature": "dt"},
-            "all": {"targets": methods.all_others},
+            "all": {"groups": methods.by_rank(methods.all_others)},
             "norm": {"score": NORM},
             "inverse": {"score": inverse(DELTA)},
         }.items()
@@ -82,6 +82,31 @@ def test_options_are_functions_and_change_the_plan():
     method = methods.mtr(feature="y", weight=plain, place=proportional)
     assert method.needs == ("dt_mean", "y") and method.weight is plain and method.place is proportional
     assert methods.mtr(score=NORM).needs == ("hidden",)
+
+
+def test_ablations_of_the_paper():
+    signals = some_signals(5, 2, 14)
+    score = signals.dt_mean.sum(1)
+    default = methods.mtr().plan(signals, 4)
+    unordered = methods.mtr(order=methods.as_grouped).plan(signals, 4)
+    assert torch.equal(unordered.keep, score.argsort(dim=1, descending=True)[:, :10])  # by falling score
+    assert torch.equal(unordered.keep.sort(dim=1).values, default.keep)
+    back = unordered.arrange(torch.arange(14).expand(2, -1))
+    assert torch.equal(back.dest, default.dest)
+    pruned = methods.mtr(combine=methods.pruned).plan(signals, 4)
+    assert torch.equal(pruned.keep, default.keep) and (pruned.dest == 10).sum() == 8
+    # even and odd tokens: the timescale decides nothing
+    symmetric = methods.mtr(groups=methods.EVEN_ODD).plan(signals, 4)
+    assert torch.equal(symmetric.dest, methods.tome().plan(signals, 4).dest)
+    # of the lower half, those most like a token of the upper half
+    chosen = methods.mtr(groups=methods.by_rank(methods.all_others, methods.lowest_half)).plan(signals, 4)
+    for image in range(2):
+        low = score[image].topk(7, largest=False).indices
+        high = [i for i in range(14) if i not in low.tolist()]
+        rows = torch.nn.functional.normalize(signals.hidden[image], dim=-1)
+        best = (rows[low] @ rows[high].T).amax(1)
+        gone = set(range(14)) - set(chosen.keep[image].tolist())
+        assert gone == set(low[best.topk(4).indices].tolist())
 
 
 def test_equal_scores_and_zero_tokens_are_settled_by_order():
@@ -121,7 +146,7 @@ def test_costs_follow_the_arithmetic():
     expected = 196 * 2 * 768 + (39 + 39) * 384 + 39 * 39 * 384 + 39 * 384
     assert methods.mtr().cost(196, 39, 384, 768) == expected
     everyone = 196 * 2 * 768 + 196 * 384 + 39 * 157 * 384 + 39 * 384
-    assert methods.mtr(targets=methods.all_others).cost(196, 39, 384, 768) == everyone
+    assert methods.mtr(groups=methods.by_rank(methods.all_others)).cost(196, 39, 384, 768) == everyone
     assert methods.prune().cost(196, 39, 384, 768) == 196 * 2 * 768
     assert methods.random().cost(196, 39, 384, 768) == expected - 196 * 2 * 768
 
@@ -133,7 +158,9 @@ def test_costs_follow_the_arithmetic():
         (lambda: methods.get("xyzzy"), "unknown method 'xyzzy'; known: "),
         (lambda: methods.mtr(feature="hiden"), "did you mean 'hidden'"),
         (lambda: methods.mtr(score="dt_mean"), "score of mtr must be a Score"),
-        (lambda: methods.mtr(targets="next"), "next_in_rank or all_others, got 'next'"),
+        (lambda: methods.by_rank(targets="next"), "next_in_rank or all_others, got 'next'"),
+        (lambda: methods.mtr(combine="prune"), "merged or pruned, got 'prune'"),
+        (lambda: methods.mtr(order="kept"), "restored or as_grouped, got 'kept'"),
         (lambda: methods.mtr(weight="size"), "by_size or plain"),
         (lambda: methods.mtr(place="exact"), "exact, centre or proportional"),
         (lambda: methods.prune(score=1), "score of prune must be a Score"),

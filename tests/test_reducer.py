@@ -20,6 +20,7 @@ from mambatrim.reduction import (
     Signals,
     Tokens,
     centre,
+    exact,
     plain,
     proportional,
 )
@@ -95,20 +96,35 @@ def equal(a: Assignment, b: Assignment) -> bool:
     return torch.equal(a.keep, b.keep) and torch.equal(a.dest, b.dest)
 
 
+def in_order(plan: Assignment) -> Assignment:
+    """The same plan with its class token, which some papers put elsewhere, at its place in the sequence."""
+    return plan.arrange(torch.arange(plan.length).expand_as(plan.dest))
+
+
 THREE = Schedule((3, 0, 2, 0, 1, 0))
+# what is removed by these is gone; by all others it is merged
+PRUNING = {"central", "even_spread", "evit", "evit_released", "hsa", "hsa_released", "prune", "random_prune"}
+HALF_AT_MOST = {"rmeeto_released", "pumer_released", "utr_released", "utr_released_merge", "utr_released_prune"}
+PRUNING |= {"utr_prune", "utr_released_prune"}
 EVERY_METHOD = pytest.mark.parametrize("method", sorted(methods.METHODS))
 PLACES = st.sets(st.integers(0, 14), max_size=4).map(lambda ids: tuple(sorted(ids, key=lambda i: (i * 7) % 5)))
 
 
 @given(PLACES, st.integers(0, 2**16), st.sampled_from(sorted(methods.METHODS)), st.data())
 def test_special_tokens_survive_once_and_are_found_in_every_image(special, seed, method, data):
-    length = 15
-    removed = data.draw(st.integers(0, length - len(special) - 1))
+    length, chosen = 15, methods.get(method)
+    if chosen.place is not exact and len(special) > 1:
+        special = special[:1]
+    removed = data.draw(st.integers(0, chosen.most(length - len(special))))
     trunk = TinyTrunk(special, length - len(special))
-    trunk.reducer = Reducer(methods.get(method), Schedule((0, removed, 0, 0, 0, 0)), special)
+    trunk.reducer = Reducer(chosen, Schedule((0, removed, 0, 0, 0, 0)), special)
     before, after = trunk.trace(images(3, length, seed))[1:3]
     origin = after.origin
-    origin.check()
+    in_order(origin).check()
+    patches_kept = origin.keep[~torch.isin(origin.keep, torch.tensor(special, dtype=torch.long))].reshape(3, -1)
+    assert (patches_kept.diff(dim=1) > 0).all()
+    if chosen.place is exact:
+        origin.check()
     assert after.x.shape[1] == length - removed
     for token in special:
         assert ((origin.keep == token).sum(1) == 1).all()  # once
@@ -126,13 +142,13 @@ def test_special_tokens_survive_once_and_are_found_in_every_image(special, seed,
 def test_survivors_stay_sorted_and_mass_is_conserved(method):
     trunk = reduce(TinyTrunk(), schedule=THREE, method=method)
     for tokens in trunk.trace(images(4)):
-        tokens.origin.check()
+        in_order(tokens.origin).check()
         assert tokens.size.dtype == torch.float32
         # the size of a token is the number of originals that point at it
         for image in range(4):
             dest = tokens.origin.dest[image].tolist()
             assert tokens.size[image].tolist() == [dest.count(k) for k in range(tokens.x.shape[1])]
-    assert (tokens.size.sum(1) == (13 if method != "prune" else 7)).all()
+    assert (tokens.size.sum(1) == (7 if method in PRUNING else 13)).all()
 
 
 @EVERY_METHOD
@@ -163,21 +179,29 @@ def test_removing_nothing_is_the_dense_model_to_the_bit(method):
 @given(counts=st.lists(st.integers(0, 3), min_size=6, max_size=6))
 @settings(max_examples=10)
 def test_counts_predicted_are_counts_executed(method, counts):
-    if sum(counts) > 11:
-        counts[-1] = counts[-2] = 0
-    trunk = reduce(TinyTrunk(), schedule=Schedule(tuple(counts[:6])), method=method)
+    left = 12
+    for block, count in enumerate(counts):
+        counts[block] = min(count, methods.get(method).most(left))
+        left -= counts[block]
+    trunk = reduce(TinyTrunk(), schedule=Schedule(tuple(counts)), method=method)
     executed = tuple(tokens.x.shape[1] for tokens in trunk.trace(images(2)))
     assert trunk.reducer.lengths(13) == executed[:6]
 
 
 @EVERY_METHOD
 def test_as_many_go_as_can(method):
-    trunk = reduce(TinyTrunk(), schedule=Schedule((11, 0, 0, 0, 0, 0)), method=method)
-    assert trunk.forward_features(images(2)).x.shape == (2, 2, 8)
+    most = methods.get(method).most(12)
+    assert most == (6 if method in HALF_AT_MOST else 11)
+    trunk = reduce(TinyTrunk(), schedule=Schedule((most, 0, 0, 0, 0, 0)), method=method)
+    assert trunk.forward_features(images(2)).x.shape == (2, 13 - most, 8)
     with pytest.raises(ValueError, match="removes 12 of 12 patches after block 0; at most 11 can go"):
         reduce(TinyTrunk(), schedule=Schedule((12, 0, 0, 0, 0, 0)), method=method)
-    small = Reducer(methods.get(method), Schedule((12,)), (0,))
-    with pytest.raises(ValueError, match="12 of 12 patches cannot go after block 0; at most 11 can"):
+    sentence = f"{most + 1} of 12 patches cannot go after block 0; at most {most} can with method '{method}'"
+    if most < 11:  # said when the model is reduced, not in its first forward
+        with pytest.raises(ValueError, match=sentence):
+            reduce(TinyTrunk(), schedule=Schedule((most + 1, 0, 0, 0, 0, 0)), method=method)
+    small = Reducer(methods.get(method), Schedule((most + 1,)), (0,))
+    with pytest.raises(ValueError, match=sentence):
         small(0, Tokens.start(images(1), (12,)), {})
 
 
@@ -190,16 +214,25 @@ def test_the_global_generator_is_untouched_and_plans_repeat(method):
     assert equal(first.origin, second.origin)
 
 
-@EVERY_METHOD
+def short(method: str) -> TinyTrunk:
+    """A trunk of two blocks and one step: graphs are built quickly."""
+    trunk = TinyTrunk()
+    trunk.layers, trunk.depth = trunk.layers[:2], 2
+    return reduce(trunk, schedule=Schedule((3, 0)), method=method).eval()
+
+
+# exporting, below, traces every method strictly; here those that are made differently
+@pytest.mark.parametrize("method", ["mtr", "kmedoids", "rmeeto_released", "stm", "utr"])
 def test_compiles_as_one_graph(method):
-    trunk = reduce(TinyTrunk(), schedule=THREE, method=method).eval()
+    torch._dynamo.reset()  # every method is a new graph of the same forward
+    trunk = short(method)
     compiled = torch.compile(trunk, backend="eager", fullgraph=True)
     assert torch.equal(compiled(images(2)), trunk(images(2)))
 
 
 @EVERY_METHOD
 def test_exports_strictly_with_a_dynamic_batch(method):
-    trunk = reduce(TinyTrunk(), schedule=THREE, method=method).eval()
+    trunk = short(method)
     dynamic = ({0: torch.export.Dim("batch", min=1, max=64)},)
     program = torch.export.export(trunk, (images(2),), dynamic_shapes=dynamic, strict=True)
     for batch in (1, 2, 5):

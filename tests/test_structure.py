@@ -17,7 +17,7 @@ FLOORS = (
     {"names", "kernels", "reduction"},
     {"methods", "models"},
     {"flops", "data", "timing", "compat"},
-    {"apply", "evaluate"},
+    {"apply", "evaluate", "adapters", "convert"},
     {"visualize", "report"},
     {"demo"},
     {"cli", "__main__"},
@@ -68,8 +68,8 @@ def test_imports_point_down(path):
 def test_the_public_names_are_there_and_no_others():
     assert sorted(mambatrim.__all__) == sorted(
         [
-            *("Method", "Reducer", "Schedule", "count_flops", "create_model", "evaluate", "list_methods"),
-            *("list_models", "load_images", "methods", "reduce", "solve", "visualize"),
+            *("Method", "Reducer", "Schedule", "adapters", "attach", "convert", "count_flops", "create_model"),
+            *("evaluate", "list_methods", "list_models", "load_images", "methods", "reduce", "solve", "visualize"),
         ]
     )
     for name in mambatrim.__all__:

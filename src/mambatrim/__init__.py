@@ -1,10 +1,13 @@
 """Vision Mamba models that run faster without retraining, by reducing tokens that matter little."""
 
-from . import methods
+from . import adapters, methods
+from .adapters import attach
 from .apply import reduce
+from .convert import convert
 from .data import load_images
 from .evaluate import evaluate
 from .flops import count_flops, solve
+from .methods import list_methods
 from .models import create_model, list_models
 from .reduction import Method, Reducer, Schedule
 from .visualize import visualize
@@ -13,9 +16,13 @@ __all__ = [
     "Method",
     "Reducer",
     "Schedule",
+    "adapters",
+    "attach",
+    "convert",
     "count_flops",
     "create_model",
     "evaluate",
+    "list_methods",
     "list_models",
     "load_images",
     "methods",

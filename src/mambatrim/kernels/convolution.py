@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import cpu, reference
+from . import cpu, gpu, reference
 from .library import MAX_DIRECTIONS, register, wide
 
 MAX_TAPS = 8
@@ -154,11 +154,17 @@ def _conv_grad(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
 
 
 _ARGUMENTS = "Tensor x, Tensor[] weight, Tensor[] bias, bool[] reverse, bool silu"
-register("causal_conv1d", f"({_ARGUMENTS}) -> Tensor", *(_conv_cpu, _conv_pytorch, _conv_fake, _conv_setup, _conv_grad))
+register(
+    "causal_conv1d",
+    f"({_ARGUMENTS}) -> Tensor",
+    *(_conv_cpu, gpu.form("triton_rows", "conv_forward", _conv_pytorch), _conv_fake, _conv_setup, _conv_grad),
+)
 register(
     "causal_conv1d_backward",
     f"(Tensor grad_y, {_ARGUMENTS}) -> (Tensor x, Tensor weight, Tensor bias)",
-    *(_conv_backward_cpu, _conv_backward_pytorch, _conv_backward_fake),
+    _conv_backward_cpu,
+    gpu.form("triton_rows", "conv_backward", _conv_backward_pytorch),
+    _conv_backward_fake,
 )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cpu, reference
+from . import cpu, gpu, reference
 from .library import register, wide
 
 
@@ -91,10 +91,12 @@ def _norm_grad(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
 register(
     "rms_norm",
     "(Tensor x, Tensor weight, float eps, ScalarType dtype) -> Tensor",
-    *(_norm_cpu, _norm_pytorch, _norm_fake, _norm_setup, _norm_grad),
+    *(_norm_cpu, gpu.form("triton_rows", "norm_forward", _norm_pytorch), _norm_fake, _norm_setup, _norm_grad),
 )
 register(
     "rms_norm_backward",
     "(Tensor grad_y, Tensor x, Tensor weight, float eps) -> (Tensor x, Tensor weight)",
-    *(_norm_backward_cpu, _norm_backward_pytorch, _norm_backward_fake),
+    _norm_backward_cpu,
+    gpu.form("triton_rows", "norm_backward", _norm_backward_pytorch),
+    _norm_backward_fake,
 )

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import cpu, reference
+from . import cpu, gpu, reference
 from .library import register, wide
 
 _ARGUMENTS = (
@@ -259,13 +259,15 @@ def _scan_grad(ctx: Any, grad_y: Tensor | None, *others: None) -> tuple[Any, ...
 register(
     "selective_scan",
     f"({_ARGUMENTS}) -> (Tensor y, Tensor dt_mean, Tensor state)",
-    *(_scan_cpu, _scan_pytorch, _scan_fake, _scan_setup, _scan_grad),
+    *(_scan_cpu, gpu.form("triton_scan", "scan_forward", _scan_pytorch), _scan_fake, _scan_setup, _scan_grad),
 )
 register(
     "selective_scan_backward",
     f"(Tensor grad_y, {_ARGUMENTS}) -> "
     "(Tensor u, Tensor dt, Tensor B, Tensor C, Tensor A, Tensor D, Tensor dt_bias, Tensor z)",
-    *(_scan_backward_cpu, _scan_backward_pytorch, _scan_backward_fake),
+    _scan_backward_cpu,
+    gpu.form("triton_scan", "scan_backward", _scan_backward_pytorch),
+    _scan_backward_fake,
 )
 
 

@@ -31,8 +31,8 @@ def _start(like: Tensor, length: int) -> Tensor:
 class Assignment:
     """A partial map from L old tokens to K new ones, per image.
 
-    keep: (B, K) int64, old positions of the survivors, strictly ascending (a method's `place` may move special
-        tokens out of this order, nothing else may).
+    keep: (B, K) int64, old positions of the survivors, strictly ascending. Two things may take it out of this order
+        and say so: a method's `place`, for special tokens, and `arrange`, for the ablation without reordering.
     dest: (B, L) int64, new position of every old token; K means gone.
     Always `dest.gather(1, keep) == arange(K)`. A pruned token has dest K, a merged one the dest of its target.
     """
@@ -88,6 +88,15 @@ class Assignment:
         if after.length != self.survivors:
             raise ValueError(f"the next step takes {after.length} tokens, but this one leaves {self.survivors}")
         return Assignment(self.keep.gather(1, after.keep), or_gone(after.dest, after.survivors).gather(1, self.dest))
+
+    def arrange(self, key: Tensor) -> "Assignment":
+        """The same survivors and the same groups, listed by `key` (B, L) of the survivors ascending: L -> K.
+
+        Equal keys keep their order. `plan.arrange(positions)` puts any plan back into sequence order.
+        """
+        order = torch.argsort(key.gather(1, self.keep), dim=1, stable=True)  # (B, K)
+        new = torch.zeros_like(order).scatter(1, order, _ascending(order))
+        return Assignment(self.keep.gather(1, order), or_gone(new, self.survivors).gather(1, self.dest))
 
     def select(self, x: Tensor) -> Tensor:
         """The survivors' own rows, nothing added: x (B, L, ...) -> (B, K, ...)."""
@@ -161,6 +170,11 @@ def _from_mask(survives: Tensor, kept: int) -> Assignment:
     # column `kept` collects all that is gone and is cut off
     keep = dest.new_zeros(batch, kept + 1).scatter(1, dest, positions)[:, :kept]
     return Assignment(keep, dest)
+
+
+def _ascending(like: Tensor) -> Tensor:
+    """0, 1, 2, ... in every row of the shape of `like` (B, K)."""
+    return torch.arange(like.shape[1], device=like.device).expand_as(like)
 
 
 def or_gone(x: Tensor, value: int) -> Tensor:

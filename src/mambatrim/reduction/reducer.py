@@ -8,38 +8,24 @@ import torch
 from torch import Tensor, nn
 
 from .assignment import Assignment, or_gone, take_rows
+from .choices import by_size, exact
 from .schedule import Schedule
-from .tokens import SIGNALS, Signals, Tokens
-
-
-def by_size(signals: Signals) -> Tensor:
-    """Weights of a mean over original tokens: (B, M) sizes."""
-    return signals.size
-
-
-def plain(signals: Signals) -> Tensor:
-    """Weights of a mean over the tokens as they are now: (B, M) ones."""
-    return torch.ones_like(signals.size)
-
-
-def exact(lifted: Assignment, special: Tensor) -> Assignment:
-    """Special tokens keep their true rank among the survivors: the sequence with tokens deleted. The default."""
-    return lifted
-
-
-def centre(lifted: Assignment, special: Tensor) -> Assignment:
-    """Put the class token into the middle, whatever was removed on either side (HSA, DyVM)."""
-    return _move(lifted, special, torch.full_like(special, lifted.survivors // 2))
-
-
-def proportional(lifted: Assignment, special: Tensor) -> Assignment:
-    """Scale the class token's position by the length, rounded down (R-MeeTo)."""
-    return _move(lifted, special, special * lifted.survivors // lifted.length)
+from .tokens import SIGNALS, SPECIAL_SIGNALS, Signals, Tokens
 
 
 def free(patches: int, r: int, d_model: int, d_inner: int) -> int:
     """Cost of a plan that calculates nothing."""
     return 0
+
+
+def all_but_one(patches: int) -> int:
+    """How many patches can go in one step: all but one."""
+    return patches - 1
+
+
+def half(patches: int) -> int:
+    """How many patches can go in one step where even ones are merged into odd ones: half of them, rounded down."""
+    return patches // 2
 
 
 @dataclass(frozen=True)
@@ -52,6 +38,10 @@ class Method:
     weight: Signals -> (B, M), weights of the mean that merging takes.
     place: (Assignment L -> K, positions (B, n) of special tokens) -> the same with these somewhere else.
     cost: (patches, r, d_model, d_inner) -> MACs of one step.
+    most: patches -> how many of them can go in one step.
+    merge: (patch rows (B, M, D), plan, signals) -> (B, K, D), in place of the weighted mean: for operations that are
+        not one, such as combining the stream and its last update differently. Other data, such as sizes, follow the
+        plan.
     source: paper, or where else it comes from.
     """
 
@@ -61,12 +51,15 @@ class Method:
     weight: Callable[[Signals], Tensor] = by_size
     place: Callable[[Assignment, Tensor], Assignment] = exact
     cost: Callable[[int, int, int, int], int] = free
+    most: Callable[[int], int] = all_but_one
+    merge: Callable[[Tensor, Assignment, Signals], Tensor] | None = None
     source: str = ""
 
     def __post_init__(self) -> None:
+        known = (*SIGNALS, *SPECIAL_SIGNALS)
         for signal in self.needs:
-            if signal not in SIGNALS:
-                raise ValueError(f"method {self.name!r} needs unknown signal {signal!r}; known: {', '.join(SIGNALS)}")
+            if signal not in known:
+                raise ValueError(f"method {self.name!r} needs unknown signal {signal!r}; known: {', '.join(known)}")
 
 
 def _nothing(signals: Signals, r: int) -> Assignment:
@@ -104,12 +97,29 @@ class Reducer(nn.Module):
 
     def needs(self, block: int) -> tuple[str, ...]:
         """Names of the signals that `block` has to return; none where nothing is removed after it."""
-        return self.method.needs if self.schedule.at(block) else ()
+        if not self.schedule.at(block):
+            return ()
+        return tuple(name for name in self.method.needs if name in SIGNALS)
 
     def lengths(self, tokens: int) -> tuple[int, ...]:
-        """Tokens, special ones included, that enter every block when the stem makes `tokens`."""
+        """Tokens, special ones included, that enter every block when the stem makes `tokens`.
+
+        Raises:
+            ValueError: where a step removes more than the method can.
+        """
         special = len(self.special)
-        return tuple(patches + special for patches in self.schedule.lengths(tokens - special))
+        lengths = self.schedule.lengths(tokens - special)
+        for block, patches in enumerate(lengths):
+            self._check(block, patches)
+        return tuple(patches + special for patches in lengths)
+
+    def _check(self, block: int, patches: int) -> None:
+        removed, most = self.schedule.at(block), self.method.most(patches)
+        if removed > most:
+            raise ValueError(
+                f"{removed} of {patches} patches cannot go after block {block}; at most {most} can "
+                f"with method {self.method.name!r}"
+            )
 
     def forward(self, block: int, tokens: Tokens, captured: Mapping[str, Tensor]) -> Tokens:
         """Tokens L -> L - r after `block`; the same object where r is 0.
@@ -127,18 +137,21 @@ class Reducer(nn.Module):
                 f"the reducer was made for {self.tokens} tokens, but the stem made {tokens.origin.length}; "
                 "reduce the model for this image size"
             )
-        patches = tokens.x.shape[1] - len(self.special)
-        if removed >= patches:
-            raise ValueError(f"{removed} of {patches} patches cannot go after block {block}; at most {patches - 1} can")
+        self._check(block, tokens.x.shape[1] - len(self.special))
         with _without_autocast(tokens.x):
-            step, weight = self._plan(tokens, captured, removed)
-        return tokens.reduce(step, weight)
+            # the signals are freed before rows move, which saves as much memory as the stream takes
+            step, weight, rows = self._plan(tokens, captured, removed)
+        reduced = tokens.reduce(step, weight)
+        return reduced if rows is None else reduced.with_x(rows)
 
-    def _plan(self, tokens: Tokens, captured: Mapping[str, Tensor], removed: int) -> tuple[Assignment, Tensor]:
-        """The step over the full sequence, L -> L - r, and the weights (B, L) of its means."""
+    def _plan(
+        self, tokens: Tokens, captured: Mapping[str, Tensor], removed: int
+    ) -> tuple[Assignment, Tensor, Tensor | None]:
+        """The step over the full sequence, L -> L - r, the weights (B, L) of its means, and the rows (B, L - r, D) of
+        methods that merge otherwise."""
         special = self._special(tokens)  # (B, n)
         patches = Assignment.from_prune(special, tokens.x.shape[1])  # L -> M
-        signals = self._signals(tokens, patches, captured)
+        signals = self._signals(tokens, patches, special, captured)
         plan = self.method.plan(signals, removed)  # M -> M - r
         if (plan.length, plan.survivors) != (patches.survivors, patches.survivors - removed):
             raise ValueError(
@@ -146,7 +159,12 @@ class Reducer(nn.Module):
                 f"patches, but its plan leaves {plan.survivors} of {plan.length}"
             )
         step = self.method.place(_lift(plan, patches, special), special)
-        return step, tokens.size.scatter(1, patches.keep, self.method.weight(signals))
+        weight = tokens.size.scatter(1, patches.keep, self.method.weight(signals))
+        if self.method.merge is None:
+            return step, weight, None
+        rows = self.method.merge(patches.select(tokens.x), plan, signals)  # (B, K, D)
+        where = step.dest.gather(1, patches.keep.gather(1, plan.keep)).unsqueeze(2).expand_as(rows)
+        return step, weight, step.select(tokens.x).scatter(1, where, rows.to(tokens.x.dtype))
 
     def _special(self, tokens: Tokens) -> Tensor:
         """(B, n): where the special tokens are now."""
@@ -154,10 +172,13 @@ class Reducer(nn.Module):
             return tokens.origin.dest[:, :0]
         return tokens.where(self.special)
 
-    def _signals(self, tokens: Tokens, patches: Assignment, captured: Mapping[str, Tensor]) -> Signals:
+    def _signals(self, tokens: Tokens, patches: Assignment, special: Tensor, captured: Mapping[str, Tensor]) -> Signals:
         """What the method declared, of patch tokens only."""
         values = {}
         for name in self.method.needs:
+            if name in SPECIAL_SIGNALS:
+                values[name] = SPECIAL_SIGNALS[name](tokens.x.detach(), special)
+                continue
             if name not in captured:
                 raise ValueError(f"method {self.method.name!r} needs {name!r}, but the block returned no such signal")
             # plans are made in fp32 and without gradients, whatever the blocks calculate in; detaching the inputs does
@@ -197,23 +218,14 @@ def _of_patches(signal: Tensor, positions: Tensor, axis: int) -> Tensor:
 
 
 def _lift(plan: Assignment, patches: Assignment, special: Tensor) -> Assignment:
-    """A plan over patch tokens, M -> K, as a step over the full sequence, L -> K + n; special tokens stay."""
+    """A plan over patch tokens, M -> K, as a step over the full sequence, L -> K + n; special tokens stay.
+
+    Patches keep the order of the plan; special tokens get the places that they have where that is sequence order.
+    """
     if special.shape[1] == 0:
         return plan
     kept = patches.keep.gather(1, plan.keep)  # (B, K) positions in the full sequence
     step = Assignment.from_keep(torch.cat([special, kept], dim=1), patches.length)
-    arrival = or_gone(step.dest.gather(1, kept), step.survivors).gather(1, plan.dest)  # (B, M)
-    return Assignment(step.keep, step.dest.scatter(1, patches.keep, arrival))
-
-
-def _move(step: Assignment, special: Tensor, to: Tensor) -> Assignment:
-    """Give the class token, old position `special` (B, 1), the new position `to` (B, 1); the rest keeps its order."""
-    if special.shape[1] != 1:
-        raise ValueError(f"only a single special token can be moved, got {special.shape[1]}; use place=exact")
-    survivors = step.survivors
-    now = step.dest.gather(1, special)  # (B, 1)
-    others, free_places = Assignment.from_prune(now, survivors).keep, Assignment.from_prune(to, survivors).keep
-    new = torch.zeros_like(step.keep).scatter(1, now, to).scatter(1, others, free_places)  # (B, K)
-    return Assignment(
-        torch.zeros_like(step.keep).scatter(1, new, step.keep), or_gone(new, survivors).gather(1, step.dest)
-    )
+    places = Assignment.from_prune(step.dest.gather(1, special), step.survivors).keep  # (B, K) left for the patches
+    arrival = or_gone(places, step.survivors).gather(1, plan.dest)  # (B, M)
+    return Assignment(step.keep.scatter(1, places, kept), step.dest.scatter(1, patches.keep, arrival))

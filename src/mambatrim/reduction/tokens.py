@@ -1,6 +1,6 @@
 """Tokens: all that travels between blocks. Signals: what a method may look at."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,18 @@ SIGNALS: dict[str, int] = {
     "C": 2,
     "y": 2,
     "y_gated": 2,
+}
+
+
+def _patches_before(x: Tensor, special: Tensor) -> Tensor:
+    """special (B, n) positions in the full sequence -> how many patches stand before each."""
+    return special - (special.unsqueeze(1) < special.unsqueeze(2)).sum(dim=2)
+
+
+# names that the reducer itself answers, from the stream (B, L, D) and the positions (B, n) of class and registers
+SPECIAL_SIGNALS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "special": take_rows,
+    "special_at": _patches_before,
 }
 
 
@@ -58,6 +70,8 @@ class Tokens:
         for token in ids:
             if not 0 <= token < length:
                 raise ValueError(f"token {token} does not exist: the stem made tokens 0 to {length - 1}")
+        if not ids:
+            return self.origin.dest[:, :0]
         # a stack of columns and not an index list, which would be copied to the device in every forward
         return torch.stack([self.origin.dest[:, token] for token in ids], dim=1)
 
@@ -141,6 +155,16 @@ class Signals:
     def y_gated(self) -> Tensor:
         """(B, S, M, E) output of the scan after the gate."""
         return self._read("y_gated")
+
+    @property
+    def special(self) -> Tensor:
+        """(B, n, D) rows of the class and register tokens; n is 0 where a model has none."""
+        return self._read("special")
+
+    @property
+    def special_at(self) -> Tensor:
+        """(B, n) int64: how many of the M patch tokens stand before each class or register token."""
+        return self._read("special_at")
 
     def feature(self, name: str) -> Tensor:
         """(B, M, F): a signal as one vector per token; the channels of several directions are joined."""
