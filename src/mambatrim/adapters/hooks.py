@@ -40,8 +40,8 @@ class Handle:
 def attach(model: nn.Module, *, method: str | Method = "mtr", schedule: Schedule, adapter: Adapter) -> Handle:
     """Remove tokens inside another model from now on, until `remove` is called or the `with` block ends.
 
-    Attach before `torch.compile`: a wrapper that was compiled before would not see it. A wrapper is refused; that one
-    exists elsewhere cannot be known. One forward at a time: neither `nn.DataParallel` nor activation checkpointing.
+    Not for `torch.compile`: a compiled wrapper is refused, and one that is made later fails with a sentence. One forward
+    at a time: neither `nn.DataParallel` nor activation checkpointing.
 
     Args:
         model: built of Mamba-1 blocks, alone or inside something else.
@@ -147,7 +147,10 @@ class _Trim:
         found = {"hidden": tokens.x}
         if wanted:
             if self.mixed is None:
-                raise ValueError(f"the mixer of a {type(block).__name__} was not called, so that it gave no signals")
+                raise ValueError(
+                    f"the mixer of a {type(block).__name__} was not called, so that it gave no signals; a model with "
+                    "something attached runs as it is, not under torch.compile (mambatrim.convert makes one that does)"
+                )
             x, update = self.mixed
             with torch.no_grad():
                 found |= self.adapter.signals(self.adapter.mixer(block), x, wanted)
