@@ -40,8 +40,8 @@ class Handle:
 def attach(model: nn.Module, *, method: str | Method = "mtr", schedule: Schedule, adapter: Adapter) -> Handle:
     """Remove tokens inside another model from now on, until `remove` is called or the `with` block ends.
 
-    Not for `torch.compile`: a compiled wrapper is refused, and one that is made later fails with a sentence. One forward
-    at a time: neither `nn.DataParallel` nor activation checkpointing.
+    Not for `torch.compile`: a compiled wrapper is refused, and one that is made later fails with a sentence. One
+    forward at a time: neither `nn.DataParallel` nor activation checkpointing.
 
     Args:
         model: built of Mamba-1 blocks, alone or inside something else.
