@@ -11,8 +11,7 @@ from __future__ import annotations
 import argparse
 
 import torch
-from torch import Tensor
-from train_cifar10 import load_split, normalise
+from train_cifar10 import accuracy, load_split
 
 import mambatrim
 from mambatrim import methods
@@ -40,13 +39,6 @@ CHOICES = {
 STAGES = {"one stage after block 1": (1,), "two stages": (2, 6), "stages after 0, 2, 4": (0, 2, 4)}
 
 
-@torch.no_grad()
-def accuracy(model: torch.nn.Module, images: Tensor, labels: Tensor, batch: int = 250) -> float:
-    starts = range(0, len(labels), batch)
-    right = [(model(images[i : i + batch]).argmax(1) == labels[i : i + batch]).sum() for i in starts]
-    return float(sum(right)) / len(labels)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="the open choices of MTR on held-out images")
     parser.add_argument("data", help="train.parquet")
@@ -55,14 +47,14 @@ def main() -> None:
     options = parser.parse_args()
     model = mambatrim.create_model("vim_cifar10", weights=options.weights)
     _, (images, labels) = load_split(options.data)
-    images, labels = normalise(images[: options.limit], model.spec.preprocess), labels[: options.limit]
-    dense = accuracy(model, images, labels)
+    images, labels, cpu = images[: options.limit], labels[: options.limit], torch.device("cpu")
+    dense = accuracy(model, images, labels, cpu)
     error = 100 * (dense * (1 - dense) / len(labels)) ** 0.5
     print(f"{len(labels)} held-out images; all tokens: {100 * dense:.1f} % (standard error {error:.1f})\n")
     print("| choice | " + " | ".join(f"-{s:.0%}" for s in SAVINGS) + " |\n|---|" + "---|" * len(SAVINGS))
     for name, method in CHOICES.items():
         found = [
-            accuracy(mambatrim.reduce(model, flops_reduction=saving, method=method), images, labels)
+            accuracy(mambatrim.reduce(model, flops_reduction=saving, method=method), images, labels, cpu)
             for saving in SAVINGS
         ]
         print(f"| {name} | " + " | ".join(f"{100 * value:.1f}" for value in found) + " |", flush=True)
@@ -74,7 +66,7 @@ def main() -> None:
             except ValueError:  # few tokens and few stages: no count lands near enough
                 found.append("-")
                 continue
-            found.append(f"{100 * accuracy(mambatrim.reduce(model, schedule=schedule), images, labels):.1f}")
+            found.append(f"{100 * accuracy(mambatrim.reduce(model, schedule=schedule), images, labels, cpu):.1f}")
         print(f"| {name} | " + " | ".join(found) + " |", flush=True)
 
 
