@@ -16,16 +16,18 @@ import json
 import math
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mambatrim.data import open_dataset
 from mambatrim.models import MODELS, Preprocess
+from mambatrim.models.layers import join_rows, resize_positions, split_rows
 from mambatrim.models.vim import Vim
 
 HELD_OUT, SPLIT_SEED = 5000, 0
@@ -81,6 +83,19 @@ def accuracy(model: Vim, images: Tensor, labels: Tensor, device: torch.device, b
     return right / len(labels)
 
 
+def begin_from(model: Vim, path: str) -> None:
+    """Weights of the same model at another stride: the patches are the same, their positions are interpolated."""
+    state = {name: value.float() for name, value in load_file(path).items()}
+    side = math.isqrt(state["pos_embed"].shape[1] - 1)
+    special = model.special_at(side * side)
+    patches, own = split_rows(state["pos_embed"], special)
+    grid = model.patch_embed.grid(*model.config.sides)
+    state["pos_embed"] = join_rows(
+        resize_positions(patches, (side, side), grid), own, model.special_at(math.prod(grid))
+    )
+    model.load_state_dict(state)
+
+
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
     """Linear warm-up, then a cosine down to zero."""
     return peak * min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
@@ -95,7 +110,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--weight-decay", type=float, default=0.05)
+    parser.add_argument("--warmup", type=float, default=1.0, help="epochs of linear warm-up")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--d-model", type=int, help="another width than the bundled model's")
+    parser.add_argument("--depth", type=int, help="another number of blocks")
+    parser.add_argument("--stride", type=int, help="another stride of the 4x4 patches: 2 makes 225 tokens")
+    parser.add_argument("--start", help="model.safetensors to begin from, of any stride; positions are interpolated")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so long; run again to continue")
     parser.add_argument(
         "--validate-only", action="store_true", help="print the accuracy on the held-out images and stop"
@@ -109,8 +129,12 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(options.seed)
-    spec = MODELS["vim_cifar10"].spec
+    spec = MODELS["vim_cifar10"]
+    chosen = {name: getattr(options, name) for name in ("d_model", "depth", "stride") if getattr(options, name)}
+    spec = replace(spec, config=replace(spec.config, **chosen))
     model = Vim(spec.config, spec).to(device)
+    if options.start:
+        begin_from(model, options.start)
     (images, labels), held = load_split(options.data)
     decayed = [p for p in model.parameters() if p.dim() >= 2 and p.shape[-1] > 8]
     rest = [p for p in model.parameters() if not (p.dim() >= 2 and p.shape[-1] > 8)]
@@ -137,7 +161,7 @@ def main() -> None:
         for i in range(per_epoch):
             step = epoch * per_epoch + i
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, options.lr, warmup=per_epoch)
+                group["lr"] = learning_rate(step, steps, options.lr, warmup=max(1, round(options.warmup * per_epoch)))
             chosen = order[i * options.batch : (i + 1) * options.batch]
             x = normalise(augment(images[chosen], size, generator), spec.preprocess).to(device)
             with torch.autocast(device.type, torch.bfloat16):
