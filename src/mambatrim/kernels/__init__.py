@@ -5,5 +5,6 @@ from .linear import linear
 from .norm import rms_norm
 from .scan import Direction, Scan, scan, selective_scan
 from .scan_operator import scan_macs
+from .virtual import Virtual
 
-__all__ = ["Direction", "Scan", "causal_conv1d", "linear", "rms_norm", "scan", "scan_macs", "selective_scan"]
+__all__ = ["Direction", "Scan", "Virtual", "causal_conv1d", "linear", "rms_norm", "scan", "scan_macs", "selective_scan"]

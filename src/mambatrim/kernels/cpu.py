@@ -14,8 +14,8 @@ from .library import MAX_DIRECTIONS
 
 LEVELS = ("generic", "avx2", "avx512")
 # the records of csrc/abi.h, in 8-byte fields: head, one direction
-SCAN, SCAN_DIRECTION = "<18qd", "<27q"
-CONV, CONV_DIRECTION = "<14q", "<5q"
+SCAN, SCAN_DIRECTION = "<21qd", "<27q"
+CONV, CONV_DIRECTION = "<17q", "<5q"
 NORM = "<10qd"
 
 
@@ -84,6 +84,11 @@ def call(name: str, record: bytes) -> None:
 def rows(x: Tensor | None) -> tuple[int, int, int]:
     """Pointer, batch stride and token stride of (B, L, ·) with contiguous rows."""
     return (0, 0, 0) if x is None else (x.data_ptr(), x.stride(0), x.stride(1))
+
+
+def virtual(pair: tuple[Tensor, Tensor] | None) -> tuple[int, int, int]:
+    """Length and pointers of a virtual sequence: source (B, T), share (B, L)."""
+    return (0, 0, 0) if pair is None else (pair[0].shape[1], pair[0].data_ptr(), pair[1].data_ptr())
 
 
 def pointer(x: Tensor | None) -> int:

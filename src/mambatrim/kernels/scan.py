@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from . import scan_operator  # noqa: F401 (registers the operator)
+from . import virtual as virtual_sequence
 from .library import MAX_DIRECTIONS, wide
+from .virtual import Virtual
 
 MAX_STATES = 256
 
@@ -46,6 +48,7 @@ def scan(
     repeats: Tensor | None = None,
     softplus: bool = True,
     scale: float = 1.0,
+    virtual: Virtual | None = None,
 ) -> Scan:
     """`scale` times the sum of the selective scans of several directions, gated with silu(z).
 
@@ -56,6 +59,7 @@ def scan(
         repeats: (B, L), factor on the time step of each token (1 where it is not given).
         softplus: whether the time step is softplus(dt + bias), or dt + bias as it stands.
         scale: 0.5 averages two directions (Vim), 1 adds them (VideoMamba).
+        virtual: positions that the L rows stand for; every row gets the mean of what its positions would.
 
     Raises:
         ValueError: a shape, a dtype or a device does not fit; the sentence names the argument.
@@ -71,7 +75,11 @@ def scan(
     factor = None if repeats is None else repeats.to(exact)
     names = ("dt", "A", "B", "C", "D", "dt_bias", "dt_weight")
     reverse = [d.reverse for d in directions]
-    return Scan(*torch.ops.mambatrim.selective_scan(u, *map(each, names), gate, factor, reverse, softplus, scale))
+    arguments = (*map(each, names), gate, factor, reverse, softplus, scale)
+    if virtual is None:
+        return Scan(*torch.ops.mambatrim.selective_scan(u, *arguments))
+    virtual_sequence.check(virtual, *u.shape[1:3])
+    return Scan(*virtual_sequence.scan(virtual, u, *arguments))
 
 
 def selective_scan(

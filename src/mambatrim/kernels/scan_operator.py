@@ -21,7 +21,7 @@ from torch.utils.flop_counter import register_flop_formula
 from . import cpu, gpu, reference
 from .library import register, wide
 
-_ARGUMENTS = (
+ARGUMENTS = (
     "Tensor u, Tensor[] dt, Tensor[] A, Tensor[] B, Tensor[] C, Tensor[] D, Tensor[] dt_bias, Tensor[] dt_weight, "
     "Tensor? z, Tensor? repeats, bool[] reverse, bool softplus, float scale"
 )
@@ -46,14 +46,16 @@ class Record:
     softplus: bool
     scale: float
 
-    def forward(self) -> tuple[Tensor, Tensor, Tensor]:
-        """y (B, L, E), dt_mean (B, S, L), state (S, B, E, N)."""
+    def forward(self, virtual: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """y (B, L, E), dt_mean (B, S, L), state (S, B, E, N); over a virtual sequence where its source (B, T) and share
+        (B, L) are given."""
         directions, batch, length, channels = self.u.shape
         y = self.u.new_empty(batch, length, channels)
         dt_mean = self.u.new_empty(batch, directions, length, dtype=torch.float32)
         state = self.u.new_empty(directions, batch, channels, self.A[0].shape[1], dtype=torch.float32)
         if y.numel():
-            cpu.call("scan_forward", self._record(y=y, dt_mean=dt_mean, state=state))
+            name = "scan_forward" if virtual is None else "virtual_scan_forward"
+            cpu.call(name, self._record(y=y, dt_mean=dt_mean, state=state, virtual=virtual))
         else:
             dt_mean.zero_(), state.zero_()
         return y, dt_mean, state
@@ -87,6 +89,7 @@ class Record:
         grad_y: Tensor | None = None,
         grad_z: Tensor | None = None,
         grads: Sequence[Tensor] = (),
+        virtual: tuple[Tensor, Tensor] | None = None,
     ) -> bytes:
         directions, batch, length, channels = self.u.shape
         head = struct.pack(
@@ -98,6 +101,7 @@ class Record:
             *(cpu.pointer(self.repeats), cpu.pointer(y)),
             *cpu.rows(grad_y),
             cpu.pointer(grad_z),
+            *cpu.virtual(virtual),
             self.scale,
         )
         records = [head]
@@ -117,7 +121,7 @@ class Record:
         return cpu.padded(b"".join(records), cpu.SCAN, cpu.SCAN_DIRECTION)
 
 
-def _record(u: Tensor, *rest: Any) -> Record:
+def record(u: Tensor, *rest: Any) -> Record:
     """The arguments of the operator, made contiguous where the kernel needs it."""
     dt, A, B, C, D, dt_bias, dt_weight, z, repeats, reverse, softplus, scale = rest
 
@@ -164,11 +168,11 @@ def _scan_pytorch(u: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _scan_cpu(u: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     if cpu.handles(u):
-        return _record(u, *rest).forward()
+        return record(u, *rest).forward()
     return _scan_pytorch(u, *rest)
 
 
-def _scan_fake(u: Tensor, dt: list[Tensor], A: list[Tensor], *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+def fake(u: Tensor, dt: list[Tensor], A: list[Tensor], *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     directions, batch, length, channels = u.shape
     exact = wide(u)
     return (
@@ -205,7 +209,7 @@ def _scan_backward_pytorch(grad_y: Tensor, u: Tensor, *rest: Any) -> tuple[Tenso
 
 def _scan_backward_cpu(grad_y: Tensor, u: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     if cpu.handles(u):
-        return _record(u, *rest).backward(grad_y)
+        return record(u, *rest).backward(grad_y)
     return _scan_backward_pytorch(grad_y, u, *rest)
 
 
@@ -258,12 +262,12 @@ def _scan_grad(ctx: Any, grad_y: Tensor | None, *others: None) -> tuple[Any, ...
 
 register(
     "selective_scan",
-    f"({_ARGUMENTS}) -> (Tensor y, Tensor dt_mean, Tensor state)",
-    *(_scan_cpu, gpu.form("triton_scan", "scan_forward", _scan_pytorch), _scan_fake, _scan_setup, _scan_grad),
+    f"({ARGUMENTS}) -> (Tensor y, Tensor dt_mean, Tensor state)",
+    *(_scan_cpu, gpu.form("triton_scan", "scan_forward", _scan_pytorch), fake, _scan_setup, _scan_grad),
 )
 register(
     "selective_scan_backward",
-    f"(Tensor grad_y, {_ARGUMENTS}) -> "
+    f"(Tensor grad_y, {ARGUMENTS}) -> "
     "(Tensor u, Tensor dt, Tensor B, Tensor C, Tensor A, Tensor D, Tensor dt_bias, Tensor z)",
     _scan_backward_cpu,
     gpu.form("triton_scan", "scan_backward", _scan_backward_pytorch),

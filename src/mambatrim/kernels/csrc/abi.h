@@ -35,6 +35,7 @@ struct ScanArgs {
     int64_t y;                       // out (B, L, E) T, contiguous
     int64_t grad_y, grad_y_batch, grad_y_token;  // (B, L, E) T
     int64_t grad_z;                  // out (B, L, E) T, contiguous, or null
+    int64_t steps, source, share;    // of a virtual sequence: T, (B, T) int64 row of each position, (B, L) fp32
     double scale;                    // factor on the sum of the directions
     ScanDirection direction[4];
 };
@@ -53,6 +54,7 @@ struct ConvArgs {
     int64_t y;                    // out (S, B, L, E) T, contiguous
     int64_t grad_y;               // (S, B, L, E) T, contiguous
     int64_t grad_x;               // out (B, L, E) T, contiguous
+    int64_t steps, source, share;  // of a virtual sequence: T, (B, T) int64 row of each position, (B, L) fp32
     ConvDirection direction[4];
 };
 

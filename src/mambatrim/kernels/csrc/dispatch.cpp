@@ -6,6 +6,8 @@
     extern "C" int scan_backward_##isa(const ScanArgs*); \
     extern "C" int conv_forward_##isa(const ConvArgs*);  \
     extern "C" int conv_backward_##isa(const ConvArgs*); \
+    extern "C" int virtual_scan_forward_##isa(const ScanArgs*); \
+    extern "C" int virtual_conv_forward_##isa(const ConvArgs*); \
     extern "C" int norm_forward_##isa(const NormArgs*);  \
     extern "C" int norm_backward_##isa(const NormArgs*);
 
@@ -60,5 +62,7 @@ DISPATCH(scan_forward, ScanArgs)
 DISPATCH(scan_backward, ScanArgs)
 DISPATCH(conv_forward, ConvArgs)
 DISPATCH(conv_backward, ConvArgs)
+DISPATCH(virtual_scan_forward, ScanArgs)
+DISPATCH(virtual_conv_forward, ConvArgs)
 DISPATCH(norm_forward, NormArgs)
 DISPATCH(norm_backward, NormArgs)

@@ -2,6 +2,7 @@
 #include "conv.h"
 #include "norm.h"
 #include "scan.h"
+#include "virtual.h"
 
 #define JOIN2(a, b) a##_##b
 #define JOIN(a, b) JOIN2(a, b)
@@ -29,6 +30,10 @@ EXPORT(scan_backward)(const ScanArgs* p) {
     if (p->bfloat16) BY_STATES(scan_backward, bf16)
     BY_STATES(scan_backward, float)
 }
+EXPORT(virtual_scan_forward)(const ScanArgs* p) {
+    if (p->bfloat16) BY_STATES(virtual_scan_forward, bf16)
+    BY_STATES(virtual_scan_forward, float)
+}
 EXPORT(conv_forward)(const ConvArgs* p) {
     if (p->bfloat16) BY_WIDTH(conv_forward, bf16)
     BY_WIDTH(conv_forward, float)
@@ -36,6 +41,10 @@ EXPORT(conv_forward)(const ConvArgs* p) {
 EXPORT(conv_backward)(const ConvArgs* p) {
     if (p->bfloat16) BY_WIDTH(conv_backward, bf16)
     BY_WIDTH(conv_backward, float)
+}
+EXPORT(virtual_conv_forward)(const ConvArgs* p) {
+    if (p->bfloat16) BY_WIDTH(virtual_conv_forward, bf16)
+    BY_WIDTH(virtual_conv_forward, float)
 }
 EXPORT(norm_forward)(const NormArgs* p) {
     return p->bfloat16_out ? norm_forward<bf16>(*p) : norm_forward<float>(*p);

@@ -144,8 +144,9 @@ INLINE void forward_block(const ScanArgs& p, int64_t s, const Packed& k, int64_t
         for (int e = 0; e < m; e++) state[e * n_states + i] = h[i][e];
 }
 
-template <typename T, int NS>
-int scan_forward(const ScanArgs& p) {
+// Calls `run` for every image, block of channels and direction, and averages the step sizes over the channels.
+template <class Block>
+int scan_tasks(const ScanArgs& p, Block run) {
     const int64_t blocks = (p.channels + W - 1) / W, per_task = W >= 16 ? 2 : 32 / W;
     const int64_t groups = (blocks + per_task - 1) / per_task, tasks = p.batch * groups, length = p.length;
     Scratch parameters(p.directions * blocks * (p.states + p.rank + 2));
@@ -161,8 +162,8 @@ int scan_forward(const ScanArgs& p) {
     {
 #pragma omp for schedule(static)
         for (int64_t block = 0; block < blocks; block++) pack(p, packed, block);
-        Scratch sum_y(length), sum_dt(length);
-        if (!sum_y || !sum_dt) {
+        Scratch sum_y(length), sum_dt(length), steps(length);
+        if (!sum_y || !sum_dt || !steps) {
 #pragma omp atomic write
             failed = 1;
         } else {
@@ -175,7 +176,7 @@ int scan_forward(const ScanArgs& p) {
                     for (int64_t s = 0; s < p.directions; s++) {
                         float* mean = partial + (task * p.directions + s) * length;
                         for (int64_t t = 0; t < length; t++) sum_dt[t] = vf{};
-                        forward_block<T, NS>(p, s, packed[s], b, block, sum_y, sum_dt);
+                        run(s, packed[s], b, block, sum_y, sum_dt, steps);
                         const bool fresh = block == group * per_task;
                         for (int64_t t = 0; t < length; t++) mean[t] = (fresh ? 0.0f : mean[t]) + sum(sum_dt[t]);
                     }
@@ -194,6 +195,13 @@ int scan_forward(const ScanArgs& p) {
         }
     free(partial);
     return failed;
+}
+
+template <typename T, int NS>
+int scan_forward(const ScanArgs& p) {
+    return scan_tasks(p, [&](int64_t s, const Packed& k, int64_t b, int64_t block, vf* sum_y, vf* sum_dt, vf*) {
+        forward_block<T, NS>(p, s, k, b, block, sum_y, sum_dt);
+    });
 }
 
 // ---------------------------------------------------------------------------------------------------------------- backward
