@@ -1,10 +1,24 @@
 """Tensors in, tensors out: the selective scan, the causal convolution and RMSNorm, with their gradients."""
 
+from .clustering import agglomerate
 from .convolution import causal_conv1d
 from .linear import linear
 from .norm import rms_norm
 from .scan import Direction, Scan, scan, selective_scan
 from .scan_operator import scan_macs
 from .virtual import Virtual
+from .virtual import conv_macs as virtual_conv_macs
 
-__all__ = ["Direction", "Scan", "Virtual", "causal_conv1d", "linear", "rms_norm", "scan", "scan_macs", "selective_scan"]
+__all__ = [
+    "Direction",
+    "Scan",
+    "Virtual",
+    "agglomerate",
+    "causal_conv1d",
+    "linear",
+    "rms_norm",
+    "scan",
+    "scan_macs",
+    "selective_scan",
+    "virtual_conv_macs",
+]

@@ -275,10 +275,15 @@ register(
 )
 
 
-def scan_macs(length: int, channels: int, states: int, rank: int) -> int:
+def scan_macs(length: int, channels: int, states: int, rank: int, positions: int | None = None) -> int:
     """Multiply-adds of one direction for one image in the convention of the literature: step-size projection R E L,
-    recurrence 9 E N L, D skip and gate E L each."""
-    return length * channels * (rank + 9 * states + 2)
+    recurrence 9 E N L, D skip and gate E L each.
+
+    Args:
+        positions: of a virtual sequence: the recurrence, and the mean over the positions of a row, run over these.
+    """
+    walked = 9 * states * length if positions is None else (9 * states + 1) * positions
+    return channels * (length * (rank + 2) + walked)
 
 
 @register_flop_formula(torch.ops.mambatrim.selective_scan)

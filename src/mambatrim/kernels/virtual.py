@@ -175,15 +175,9 @@ def _scan_flops(
     directions, batch, rows, channels = u
     source = rest[-2]
     rank = dt_weight[0][1] if dt_weight else 0
-    return 2 * directions * batch * scan_macs(rows, source[1], channels, A[0][1], rank)
+    return 2 * directions * batch * scan_operator.scan_macs(rows, channels, A[0][1], rank, source[1])
 
 
 def conv_macs(positions: int, channels: int, taps: int) -> int:
     """Multiply-adds of one direction for one image: the filter at every position, and the mean."""
     return positions * channels * (taps + 1)
-
-
-def scan_macs(rows: int, positions: int, channels: int, states: int, rank: int) -> int:
-    """Multiply-adds of one direction for one image, as `scan_operator.scan_macs`: step-size projection, D and gate on
-    the rows, the recurrence and the mean at every position."""
-    return scan_operator.scan_macs(rows, channels, 0, rank) + positions * channels * (9 * states + 1)

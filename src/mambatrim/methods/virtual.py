@@ -1,0 +1,62 @@
+"""Virtual-sequence merging: groups of like tokens, and a convolution and a scan that go on as if all were there."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .. import kernels
+from ..names import lookup
+from ..reduction import FEATURES, RUNNING, Assignment, Method, SequencePolicy, Signals
+
+
+def running(method: Method, sequence: SequencePolicy = RUNNING) -> Method:
+    """The same method with the clock running: any grouping, and another sequence policy."""
+    return replace(method, name=f"{method.name}, {sequence.name}", sequence=sequence)
+
+
+def vsm(
+    feature: str = "hidden",
+    distance: float = 0.01,
+    rows: float = 0.0,
+    exponent: float = 1.0,
+    sequence: SequencePolicy = RUNNING,
+) -> Method:
+    """Virtual-sequence merging: agglomerative groups, with the clock of the recurrence running.
+
+    Args:
+        feature: what similarity is measured on, one of FEATURES.
+        distance: added to the cost of a pair for every patch that lies between the two in the sequence.
+        rows: added for every row and column of the grid (and frame of a video) between them.
+        exponent: of Ward's factor, which keeps groups of like size; 0 leaves it out.
+        sequence: what the convolution and the scan make of the groups.
+    """
+    found = lookup("feature of vsm", feature, FEATURES)
+
+    def plan(signals: Signals, r: int) -> Assignment:
+        x = found.read(signals) * signals.size.unsqueeze(2)  # (B, M, F): sums over the members
+        gram = x @ x.transpose(1, 2)
+        root = kernels.agglomerate(gram, signals.size, _coordinates(signals, distance, rows), r, exponent)
+        own = torch.arange(root.shape[1], device=root.device)
+        # rows that stand for themselves, in order
+        keep = torch.argsort((root != own).to(torch.int8), dim=1, stable=True)[:, : root.shape[1] - r]
+        place = torch.zeros_like(root).scatter(1, keep, torch.arange(keep.shape[1], device=root.device).expand_as(keep))
+        return Assignment(keep, place.gather(1, root))
+
+    def cost(patches: int, r: int, d_model: int, d_inner: int) -> int:
+        # the products of all rows, what r joins change in them, and the means
+        return patches * patches * found.width(d_model, d_inner) + 4 * r * patches + r * d_model
+
+    return Method("vsm", found.needs, plan, cost=cost, sequence=sequence, source="mambatrim")
+
+
+def _coordinates(signals: Signals, distance: float, rows: float) -> Tensor:
+    """(B, M, P): the place in the sequence and in each axis of the grid, each times what a step of it costs."""
+    ids = signals.ids.to(torch.float32)
+    columns = [ids * distance]
+    if rows:
+        rest = signals.ids
+        for side in reversed(signals.grid):
+            columns.append((rest % side).to(torch.float32) * rows)
+            rest = rest // side
+    return torch.stack(columns, dim=2)
