@@ -108,5 +108,5 @@ def _fake(gram: Tensor, weight: Tensor, *_: Any) -> Tensor:
 register(
     "agglomerate",
     "(Tensor gram, Tensor weight, Tensor coordinates, int r, float exponent) -> Tensor",
-    *(_pytorch, _pytorch, _fake),
+    *(_cpu, _pytorch, _fake),
 )

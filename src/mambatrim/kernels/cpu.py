@@ -17,12 +17,13 @@ LEVELS = ("generic", "avx2", "avx512")
 SCAN, SCAN_DIRECTION = "<21qd", "<27q"
 CONV, CONV_DIRECTION = "<17q", "<5q"
 NORM = "<10qd"
+CLUSTER = "<9qd"
 
 
 def _abi() -> int:
     scan = struct.calcsize(SCAN) + MAX_DIRECTIONS * struct.calcsize(SCAN_DIRECTION)
     conv = struct.calcsize(CONV) + MAX_DIRECTIONS * struct.calcsize(CONV_DIRECTION)
-    return 1000000 + scan + conv + struct.calcsize(NORM)
+    return 1000000 + scan + conv + struct.calcsize(NORM) + struct.calcsize(CLUSTER)
 
 
 @cache

@@ -64,3 +64,9 @@ struct NormArgs {
     int64_t grad_y, grad_x, grad_weight;       // (rows, D) T, (rows, D) fp32, (D) fp32
     double eps;
 };
+
+struct ClusterArgs {
+    int64_t batch, rows, axes, r, threads;
+    int64_t gram, weight, coordinates, root;  // (B, M, M), (B, M), (B, M, P) fp32, out (B, M) int64; contiguous
+    double exponent;
+};

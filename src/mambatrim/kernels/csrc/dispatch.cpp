@@ -9,7 +9,8 @@
     extern "C" int virtual_scan_forward_##isa(const ScanArgs*); \
     extern "C" int virtual_conv_forward_##isa(const ConvArgs*); \
     extern "C" int norm_forward_##isa(const NormArgs*);  \
-    extern "C" int norm_backward_##isa(const NormArgs*);
+    extern "C" int norm_backward_##isa(const NormArgs*); \
+    extern "C" int agglomerate_##isa(const ClusterArgs*);
 
 DECLARE(generic)
 #ifdef MAMBATRIM_HAVE_X86
@@ -38,7 +39,9 @@ Level level = supported;
 }  // namespace
 
 // A change here without a change in kernels/cpu.py (or the other way round) must not load.
-extern "C" int64_t mambatrim_abi() { return 1000000 + (int64_t)(sizeof(ScanArgs) + sizeof(ConvArgs) + sizeof(NormArgs)); }
+extern "C" int64_t mambatrim_abi() {
+    return 1000000 + (int64_t)(sizeof(ScanArgs) + sizeof(ConvArgs) + sizeof(NormArgs) + sizeof(ClusterArgs));
+}
 
 // 0 generic, 1 AVX2, 2 AVX-512. `wanted` < 0 asks only; more than the processor has is not taken. For tests and benchmarks.
 extern "C" int64_t mambatrim_level(int64_t wanted) {
@@ -66,3 +69,4 @@ DISPATCH(virtual_scan_forward, ScanArgs)
 DISPATCH(virtual_conv_forward, ConvArgs)
 DISPATCH(norm_forward, NormArgs)
 DISPATCH(norm_backward, NormArgs)
+DISPATCH(agglomerate, ClusterArgs)

@@ -1,4 +1,5 @@
 // Compiled once per instruction set: -DMAMBATRIM_ISA=generic, avx2 or avx512 names the exported functions.
+#include "cluster.h"
 #include "conv.h"
 #include "norm.h"
 #include "scan.h"
@@ -52,3 +53,4 @@ EXPORT(norm_forward)(const NormArgs* p) {
 EXPORT(norm_backward)(const NormArgs* p) {
     return p->bfloat16_out ? norm_backward<bf16>(*p) : norm_backward<float>(*p);
 }
+EXPORT(agglomerate)(const ClusterArgs* p) { return agglomerate(*p); }
