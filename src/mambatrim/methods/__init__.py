@@ -38,6 +38,7 @@ from .released import hsa_released, hsa_released_schedule, rmeeto_released, rmee
 from .released_tor import evit_released, pumer_released, utr_released, utr_released_merge, utr_released_prune
 from .sequential import stm
 from .utr import utr, utr_merge, utr_prune
+from .virtual import running, vsm
 
 __all__ = [
     "CENTRALITY",
@@ -98,6 +99,7 @@ __all__ = [
     "random_prune",
     "random_score",
     "restored",
+    "running",
     "rmeeto",
     "rmeeto_released",
     "rmeeto_released_schedule",
@@ -112,10 +114,12 @@ __all__ = [
     "utr_released",
     "utr_released_merge",
     "utr_released_prune",
+    "vsm",
 ]
 
 METHODS: dict[str, Method | Callable[[], Method]] = {
     "mtr": mtr,
+    "vsm": vsm,
     "tome": tome,
     "tomesd": tomesd,
     "rmeeto": rmeeto,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..names import lookup
-from ..reduction import FEATURES, RUNNING, Assignment, Method, SequencePolicy, Signals
+from ..reduction import FEATURES, RUNNING, STEPPED, Assignment, Method, SequencePolicy, Signals
 
 
 def running(method: Method, sequence: SequencePolicy = RUNNING) -> Method:
@@ -20,7 +20,7 @@ def vsm(
     distance: float = 0.01,
     rows: float = 0.0,
     exponent: float = 1.0,
-    sequence: SequencePolicy = RUNNING,
+    sequence: SequencePolicy = STEPPED,
 ) -> Method:
     """Virtual-sequence merging: agglomerative groups, with the clock of the recurrence running.
 

@@ -76,6 +76,8 @@ class FlatMamba(nn.Module):
     reducer: Reducer
     # factor on the sum of the two scans
     scale: ClassVar[float] = 0.5
+    # whether the blocks can keep the clock of the recurrence running (`reduction.SequencePolicy`)
+    takes_layout: ClassVar[bool] = True
 
     def __init__(self, config: FlatConfig, spec: ModelSpec | None = None) -> None:
         super().__init__()
@@ -223,13 +225,15 @@ class FlatMamba(nn.Module):
 
     def _run(self, images: Tensor, layers: Collection[int]) -> tuple[Tokens, list[Tokens]]:
         """The tokens after the last block, and as they leave the blocks `layers`, before these are reduced."""
-        tokens, seen = self.embed(images), []
+        tokens, seen, layout = self.embed(images), [], None
         for i, layer in enumerate(self.blocks()):
-            x, captured = layer(tokens.x, self.reducer.needs(i))
-            tokens = tokens.with_x(x)
+            x, captured = layer(tokens.x, self.reducer.needs(i), layout)
+            left = tokens.with_x(x)
             if i in layers:
-                seen.append(tokens)
-            tokens = self.reducer(i, tokens, captured)
+                seen.append(left)
+            tokens = self.reducer(i, left, captured)
+            if tokens is not left:
+                layout = self.reducer.layout(tokens)
         return tokens, seen
 
     def pool(self, tokens: Tokens) -> Tensor:
@@ -247,9 +251,9 @@ class FlatMamba(nn.Module):
 
     # ------------------------------------------------------------------------------------------------------------- cost
 
-    def block_cost(self, length: int) -> Cost:
-        """MACs of one block for one image of `length` tokens."""
-        return self.blocks()[0].cost(length)
+    def block_cost(self, length: int, convolved: int | None = None, scanned: int | None = None) -> Cost:
+        """MACs of one block for one image of `length` tokens; `convolved` and `scanned` as for the mixer."""
+        return self.blocks()[0].cost(length, convolved, scanned)
 
     def stem_cost(self, image_size: ImageSize = None) -> Cost:
         per_patch = self.patch_embed.proj.weight.numel()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..kernels import reference
-from ..reduction import Cost
+from ..reduction import Cost, Layout
 
 EPS = 1e-5
 # parameters of the scan itself, as the families name them
@@ -77,21 +77,22 @@ class BiMambaMixer(nn.Module):
             A_log.copy_(torch.arange(1, self.d_state + 1).log().expand(self.d_inner, -1))
             D.fill_(1.0)
 
-    def forward(self, x: Tensor, wanted: Sequence[str] = ()) -> tuple[Tensor, Captured]:
+    def forward(self, x: Tensor, wanted: Sequence[str] = (), layout: Layout | None = None) -> tuple[Tensor, Captured]:
         """x (B, L, D) -> (B, L, D), and the signals that are `wanted` (reduction.SIGNALS), all tokens in token
-        order."""
+        order; `layout` says what tokens of the stem the L rows stand for, where that matters."""
+        repeats, convolved, scanned = _virtual(layout)
         hidden, z = kernels.linear(x, self.in_proj.weight).chunk(2, dim=-1)  # (B, L, E) each
         weights = [self.conv1d.weight.squeeze(1), self.conv1d_b.weight.squeeze(1)]
         biases = [_given(self.conv1d.bias), _given(self.conv1d_b.bias)]
-        u = kernels.causal_conv1d(hidden, weights, biases, reverse=(False, True))  # (2, B, L, E)
+        u = kernels.causal_conv1d(hidden, weights, biases, reverse=(False, True), virtual=convolved)  # (2, B, L, E)
         forward, backward = u.unbind(0)
         directions = [
             self._direction(forward, self.x_proj, self.dt_proj, self.A_log, self.D, False),
             self._direction(backward, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b, True),
         ]
-        scanned = kernels.scan(u, directions, z, scale=self.scale)
-        update = kernels.linear(scanned.y, self.out_proj.weight)  # (B, L, D)
-        return update, _capture(wanted, u, directions, z, scanned.dt_mean, update) if wanted else {}
+        scan = kernels.scan(u, directions, z, repeats, scale=self.scale, virtual=scanned)
+        update = kernels.linear(scan.y, self.out_proj.weight)  # (B, L, D)
+        return update, _capture(wanted, u, directions, z, scan.dt_mean, update) if wanted else {}
 
     def _direction(
         self, u: Tensor, x_proj: nn.Linear, dt_proj: nn.Linear, A_log: Tensor, D: Tensor, reverse: bool
@@ -100,15 +101,30 @@ class BiMambaMixer(nn.Module):
         dt, B, C = kernels.linear(u, x_proj.weight).split(sizes, dim=-1)  # (B, L, R), (B, L, N), (B, L, N)
         return kernels.Direction(dt, -torch.exp(A_log), B, C, D, dt_proj.bias, dt_proj.weight, reverse)
 
-    def cost(self, length: int) -> Cost:
-        """MACs for one image of `length` tokens, the scan as 9 E N L as in the literature."""
+    def cost(self, length: int, convolved: int | None = None, scanned: int | None = None) -> Cost:
+        """MACs for one image of `length` tokens, the scan as 9 E N L as in the literature.
+
+        Args:
+            convolved, scanned: positions that the convolution and the scan run over, where these are not the tokens.
+        """
         inner, rank, taps = self.d_inner, self.dt_rank, self.conv1d.kernel_size[0]
-        conv = taps * inner * length
+        conv = taps * inner * length if convolved is None else kernels.virtual_conv_macs(convolved, inner, taps)
         scan = inner * (rank + 2 * self.d_state) * length
-        scan += kernels.scan_macs(length, inner, self.d_state, rank)
+        scan += kernels.scan_macs(length, inner, self.d_state, rank, scanned)
         projections = self.in_proj.weight.numel() * length + self.out_proj.weight.numel() * length
         # counters of the papers convolve L + 3 positions
         return Cost(projections, conv, scan, directions=conv + scan, quirks=taps * inner * (taps - 1))
+
+
+def _virtual(layout: Layout | None) -> tuple[Tensor | None, kernels.Virtual | None, kernels.Virtual | None]:
+    """Factors on the time step, and the virtual sequences of the convolution and of the scan."""
+    if layout is None:
+        return None, None, None
+    convolved, scanned = (
+        None if source is None else kernels.Virtual(source, layout.share)
+        for source in (layout.convolved, layout.scanned)
+    )
+    return layout.repeats, convolved, scanned
 
 
 def _given(bias: Tensor | None) -> Tensor:
@@ -148,16 +164,16 @@ class Block(nn.Module):
         self.norm = RMSNorm(d_model)
         self.mixer = mixer
 
-    def forward(self, x: Tensor, wanted: Sequence[str] = ()) -> tuple[Tensor, Captured]:
-        """x (B, L, D) fp32 -> the same, and the `wanted` signals."""
-        update, captured = self.mixer(self.norm(x, self.mixer.in_proj.weight.dtype), wanted)
+    def forward(self, x: Tensor, wanted: Sequence[str] = (), layout: Layout | None = None) -> tuple[Tensor, Captured]:
+        """x (B, L, D) fp32 -> the same, and the `wanted` signals; `layout` as for the mixer."""
+        update, captured = self.mixer(self.norm(x, self.mixer.in_proj.weight.dtype), wanted, layout)
         x = x + update
         if "hidden" in wanted:
             captured["hidden"] = x
         return x, captured
 
-    def cost(self, length: int) -> Cost:
-        return self.mixer.cost(length)
+    def cost(self, length: int, convolved: int | None = None, scanned: int | None = None) -> Cost:
+        return self.mixer.cost(length, convolved, scanned)
 
 
 class PatchEmbed(nn.Module):

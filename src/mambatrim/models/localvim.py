@@ -203,6 +203,8 @@ class LocalVim(FlatMamba):
 
     config: LocalVimConfig
 
+    takes_layout = False
+
     def __init__(self, config: LocalVimConfig, spec: ModelSpec | None = None) -> None:
         nn.Module.__init__(self)  # nothing of the trunk's own parts
         if len(config.directions) != config.depth or any(len(four) != _SCANS for four in config.directions):

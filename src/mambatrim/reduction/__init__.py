@@ -2,7 +2,7 @@
 
 from .assignment import Assignment, take_rows
 from .choices import as_grouped, by_size, centre, exact, merged, plain, proportional, pruned, restored
-from .cost import CONVENTIONS, Cost
+from .cost import CONVENTIONS, Cost, Section
 from .matching import Links
 from .reducer import Method, Reducer
 from .schedule import Schedule, default_stages
@@ -23,17 +23,35 @@ from .scores import (
     rank,
     scan_score,
 )
-from .tokens import SIGNALS, Layout, Signals, Tokens
+from .sequence import (
+    AS_IT_STANDS,
+    GATHERED,
+    POLICIES,
+    RUNNING,
+    SPREAD,
+    STEPPED,
+    STRETCHED,
+    Layout,
+    SequencePolicy,
+)
+from .tokens import SIGNALS, Signals, Tokens
 
 __all__ = [
+    "AS_IT_STANDS",
     "CENTRALITY",
     "CLASS_TOKEN",
     "CONVENTIONS",
     "DELTA",
     "FEATURES",
+    "GATHERED",
     "NORM",
     "OUTPUT",
+    "POLICIES",
+    "RUNNING",
     "SIGNALS",
+    "SPREAD",
+    "STEPPED",
+    "STRETCHED",
     "Assignment",
     "Cost",
     "Feature",
@@ -43,6 +61,8 @@ __all__ = [
     "Reducer",
     "Schedule",
     "Score",
+    "Section",
+    "SequencePolicy",
     "Signals",
     "Tokens",
     "as_grouped",

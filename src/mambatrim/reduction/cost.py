@@ -1,8 +1,10 @@
-"""Cost: multiply-adds of a part of a model, by kind; a convention is a row of weights over the kinds.
+"""Cost: multiply-adds of a part of a model, by kind; a convention is a row of weights over the kinds. Section: blocks
+that lose tokens together, and what they cost.
 
-It lives here, and not in `flops.py`, because models make costs and may only import from below themselves.
+Both live here, and not in `flops.py`, because models make them and may only import from below themselves.
 """
 
+from collections.abc import Callable
 from dataclasses import astuple, dataclass, fields
 
 
@@ -51,3 +53,33 @@ CONVENTIONS: dict[str, tuple[str, ...]] = {
     # a tracer that cannot see inside the scan's operator
     "projections": _ALWAYS,
 }
+
+
+@dataclass(frozen=True)
+class Section:
+    """Blocks in a row between which tokens go; all of them are there at its start. What a schedule is counted with.
+
+    A flat model is one section. Every stage of a pyramid is one, and behind it all places have a token again.
+
+    patches: at its start, special tokens not counted; where a stage has windows, those of one window.
+    d_model, d_inner: D and E of its blocks.
+    costs: for every block, tokens that enter it (special ones included) -> what it costs for one image.
+    after: blocks of the section, counted from 0, after which patches go unless somebody says otherwise.
+    special: class and register tokens.
+    windows: of one image; each loses as many tokens as the schedule says.
+    without_scan: blocks of the section that have no scan, and so no signals of one.
+    """
+
+    patches: int
+    d_model: int
+    d_inner: int
+    costs: tuple[Callable[[int], Cost], ...]
+    after: tuple[int, ...]
+    special: int = 0
+    windows: int = 1
+    without_scan: tuple[int, ...] = ()
+
+    @property
+    def depth(self) -> int:
+        """Blocks."""
+        return len(self.costs)

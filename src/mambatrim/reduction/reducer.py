@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .assignment import Assignment, or_gone, take_rows
 from .choices import by_size, exact
 from .schedule import Schedule
+from .sequence import AS_IT_STANDS, Layout, SequencePolicy
 from .tokens import SIGNALS, SPECIAL_SIGNALS, Signals, Tokens
 
 
@@ -42,6 +43,7 @@ class Method:
     merge: (patch rows (B, M, D), plan, signals) -> (B, K, D), in place of the weighted mean: for operations that are
         not one, such as combining the stream and its last update differently. Other data, such as sizes, follow the
         plan.
+    sequence: what convolution and scan make of the reduced sequence; as it stands, by default.
     source: paper, or where else it comes from.
     """
 
@@ -53,6 +55,7 @@ class Method:
     cost: Callable[[int, int, int, int], int] = free
     most: Callable[[int], int] = all_but_one
     merge: Callable[[Tensor, Assignment, Signals], Tensor] | None = None
+    sequence: SequencePolicy = AS_IT_STANDS
     source: str = ""
 
     def __post_init__(self) -> None:
@@ -78,8 +81,6 @@ class Reducer(nn.Module):
         special: original positions (0 to L0-1) of class and register tokens; they stay, and no method sees them.
         tokens: L0 that schedule and special tokens are meant for, where it is known; sequences of another length are
             then refused, because their class token may stand elsewhere.
-
-    A sequence policy (`Layout`) would be decided here too, from the tokens that `forward` returns.
     """
 
     def __init__(
@@ -100,6 +101,10 @@ class Reducer(nn.Module):
         if not self.schedule.at(block):
             return ()
         return tuple(name for name in self.method.needs if name in SIGNALS)
+
+    def layout(self, tokens: Tokens) -> Layout | None:
+        """What the blocks behind a reduction have to know about the sequence; None where it is as it stands."""
+        return None if tokens.x.shape[1] == tokens.origin.length else self.method.sequence.build(tokens)
 
     def lengths(self, tokens: int) -> tuple[int, ...]:
         """Tokens, special ones included, that enter every block when the stem makes `tokens`.

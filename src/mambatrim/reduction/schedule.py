@@ -48,7 +48,7 @@ class Schedule:
             after: 0-based blocks after which patches go; by default `default_stages(depth)`.
             keep: share kept at every stage, or one share per stage.
         """
-        after = _blocks(default_stages(depth) if after is None else after, depth)
+        after = checked_blocks(default_stages(depth) if after is None else after, depth)
         shares = (keep,) * len(after) if isinstance(keep, int | float) else tuple(keep)
         if len(shares) != len(after):
             raise ValueError(f"keep must be one share or one per stage: got {len(shares)} for {len(after)} stages")
@@ -63,7 +63,7 @@ class Schedule:
     @staticmethod
     def constant(depth: int, r: int, after: Sequence[int] | None = None) -> "Schedule":
         """Remove r patches after each block of `after` (0-based); by default after every block but the last."""
-        chosen = _blocks(range(depth - 1) if after is None else after, depth)
+        chosen = checked_blocks(range(depth - 1) if after is None else after, depth)
         return Schedule(tuple(r if block in chosen else 0 for block in range(depth)))
 
     @property
@@ -95,6 +95,11 @@ class Schedule:
             left -= count
         return tuple(entering)
 
+    def only(self, first: int, blocks: int) -> "Schedule":
+        """The same for so many blocks from `first` on, and nothing removed after the others."""
+        kept = range(first, first + blocks)
+        return Schedule(tuple(count if block in kept else 0 for block, count in enumerate(self.removed)))
+
     def to_json(self) -> str:
         """The schedule as JSON text, which `from_json` reads back."""
         return json.dumps({"removed": list(self.removed)})
@@ -111,7 +116,7 @@ class Schedule:
         return Schedule(tuple(removed))
 
 
-def _blocks(after: Sequence[int], depth: int) -> tuple[int, ...]:
+def checked_blocks(after: Sequence[int], depth: int) -> tuple[int, ...]:
     """Checked 0-based block indices, ascending."""
     blocks = tuple(sorted(after))
     if len(set(blocks)) != len(blocks) or (blocks and not 0 <= blocks[0] <= blocks[-1] < depth):

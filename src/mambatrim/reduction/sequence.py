@@ -44,12 +44,11 @@ class SequencePolicy:
     convolves: bool = False
     scans: bool = False
 
-    def positions(self, rows: int, stem: int) -> tuple[int, ...]:
+    def positions(self, rows: int, stem: int) -> dict[str, int]:
         """Positions that the convolution and the scan of a block run over, where these are not its `rows` rows:
-        what the cost of a block takes. `stem` tokens left the stem."""
-        if rows == stem or not (self.convolves or self.scans):
-            return ()
-        return stem if self.convolves else rows, stem if self.scans else rows
+        what the cost of a block takes by name. `stem` tokens left the stem."""
+        walked = {"convolved": self.convolves, "scanned": self.scans}
+        return {name: stem for name, all_of_them in walked.items() if all_of_them and rows != stem}
 
 
 def _shared(tokens: Tokens) -> Tensor:

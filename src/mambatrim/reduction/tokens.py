@@ -87,21 +87,6 @@ class Tokens:
 
 
 @dataclass(frozen=True, eq=False)
-class Layout:
-    """How a mixer may see a reduced sequence; a trunk passes None for "as it stands", as all published methods do.
-
-    Place kept for virtual-sequence merging: `Tokens` holds what it is built from (`size`, `origin.dest`), so the trunk
-    can hand one to a block beside `needs`; no kernel takes it yet.
-
-    repeats: (B, L) steps of the recurrence that each row stands for.
-    source: (B, L0) row of each original position; L where it was pruned.
-    """
-
-    repeats: Tensor
-    source: Tensor
-
-
-@dataclass(frozen=True, eq=False)
 class Signals:
     """What a method sees: the M patch tokens in sequence order, in every scan direction; fp32, without gradients.
 
