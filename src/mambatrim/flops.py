@@ -7,7 +7,8 @@ from functools import cache
 from typing import Protocol, cast
 
 from . import methods
-from .reduction import Cost, Method, Reducer, Schedule, default_stages
+from .reduction import Cost, Method, Reducer, Schedule, Section, default_stages
+from .reduction.schedule import checked_blocks
 
 # how far from the wanted saving `solve` may land: half a point
 TOLERANCE = 0.005
@@ -16,7 +17,7 @@ ImageSize = int | tuple[int, ...] | None
 
 
 class Trunk(Protocol):
-    """What counting asks of a model; an image size of None is the model's own."""
+    """What counting asks of a flat model; an image size of None is the model's own."""
 
     reducer: Reducer
 
@@ -48,11 +49,22 @@ class Trunk(Protocol):
         """Cost of the classifier."""
 
 
-class Whole(Protocol):
-    """What counting asks of a model whose tokens all stay."""
+class Pyramid(Protocol):
+    """What counting asks of a model whose tokens are all there again behind every section."""
 
-    def cost(self, image_size: ImageSize) -> Cost:
-        """Cost of one image."""
+    reducer: Reducer
+
+    def special_tokens(self, image_size: ImageSize) -> tuple[int, ...]:
+        """Where the stem puts class and register tokens."""
+
+    def sections(self, image_size: ImageSize) -> tuple[Section, ...]:
+        """Blocks that lose tokens together, one section behind the other."""
+
+    def stem_cost(self, image_size: ImageSize) -> Cost:
+        """Cost of the patch embedding, and of what else is no block."""
+
+    def head_cost(self) -> Cost:
+        """Cost of the classifier."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +76,7 @@ class FlopsReport:
     ratio: total / dense_total.
     per_block: each block, without the reduction after it.
     reduction: scores, matching and merging of all steps together.
-    lengths: tokens that enter each block; none, and no per_block, for a model on a grid, which keeps all its tokens.
+    lengths: tokens that enter each block; in a stage with windows, those of one window.
     convention: which of `reduction.CONVENTIONS` counted.
     """
 
@@ -77,7 +89,17 @@ class FlopsReport:
     convention: str
 
 
-def count_flops(model: Trunk | Whole, image_size: ImageSize = None, convention: str = "both") -> FlopsReport:
+def sections(model: Trunk | Pyramid, image_size: ImageSize = None) -> tuple[Section, ...]:
+    """The sections of a pyramid; a flat model is one."""
+    if hasattr(model, "sections"):
+        return cast(Pyramid, model).sections(image_size)
+    flat = cast(Trunk, model)
+    patches, special = flat.num_patches(image_size), len(flat.special_tokens(image_size))
+    costs = (flat.block_cost,) * flat.depth
+    return (Section(patches, flat.d_model, flat.d_inner, costs, default_stages(flat.depth), special),)
+
+
+def count_flops(model: Trunk | Pyramid, image_size: ImageSize = None, convention: str = "both") -> FlopsReport:
     """Count the model as its reducer runs it.
 
     Args:
@@ -86,17 +108,13 @@ def count_flops(model: Trunk | Whole, image_size: ImageSize = None, convention: 
         convention: "both" scan directions (what runs), "paper" (one direction, as R-MeeTo and DyVM count), or
             "projections" (the scan unseen). The ratio hardly differs between them.
     """
-    reducer: Reducer | None = getattr(model, "reducer", None)
-    if reducer is None:
-        total = cast(Whole, model).cost(image_size).total(convention)
-        return FlopsReport(total, total, 1.0, (), 0, (), convention)
-    trunk = cast(Trunk, model)
-    schedule = reducer.schedule if reducer.schedule.depth else Schedule.none(trunk.depth)
-    return _count(trunk, schedule, reducer.method, image_size, convention)
+    reducer, parts = model.reducer, sections(model, image_size)
+    schedule = reducer.schedule if reducer.schedule.depth else Schedule.none(_depth(parts))
+    return _count(model, parts, schedule, reducer.method, image_size, convention)
 
 
 def solve(
-    model: Trunk,
+    model: Trunk | Pyramid,
     target: float,
     stages: Sequence[int] | None = None,
     image_size: ImageSize = None,
@@ -107,8 +125,8 @@ def solve(
 
     Args:
         target: share to save, from 0 up to below 0.9.
-        stages: 0-based blocks after which patches go, the same share of them at each; by default three, as in
-            `default_stages`.
+        stages: 0-based blocks after which patches go, the same share of them at each; by default those of the method,
+            three unless it says otherwise; and three in each stage of a pyramid that has as many blocks.
         image_size: as in `count_flops`.
         method: whose own cost is counted; MTR by default.
         convention: as in `count_flops`.
@@ -121,18 +139,31 @@ def solve(
     """
     if isinstance(target, bool) or not isinstance(target, int | float) or not 0 <= target < 0.9:
         raise ValueError(f"the share of FLOPs to save must be from 0 up to below 0.9, got {target!r}")
+    parts = sections(model, image_size)
+    depth = _depth(parts)
     if target == 0:
-        return Schedule.none(model.depth)
+        return Schedule.none(depth)
     method = methods.get("mtr") if method is None else method
-    after = tuple(sorted(default_stages(model.depth) if stages is None else stages))
-    patches = model.num_patches(image_size)
+    usual = method.stages(depth)
+    if len(parts) > 1:
+        usual = tuple(start + block for start, part in _starts(parts) for block in part.after)
+    after = checked_blocks(usual if stages is None else stages, depth)
+    if not after:
+        raise ValueError("no stage of this model has three blocks, so say after which blocks tokens go: stages=...")
 
     @cache
     def saving(schedule: Schedule) -> float:
-        return 1 - _count(model, schedule, method, image_size, convention).ratio
+        return 1 - _count(model, parts, schedule, method, image_size, convention).ratio
 
-    less, more = _bracket(lambda keep: Schedule.stages(model.depth, patches, after, keep), saving, target)
-    near = [nearby for base in (less, more) for nearby in _neighbours(base, after, patches)]
+    def build(keep: float) -> Schedule:
+        removed = [0] * depth
+        for start, part in _starts(parts):
+            own = [block - start for block in after if start <= block < start + part.depth]
+            removed[start : start + part.depth] = Schedule.stages(part.depth, part.patches, own, keep).removed
+        return Schedule(tuple(removed))
+
+    less, more = _bracket(build, saving, target)
+    near = [nearby for base in (less, more) for nearby in _neighbours(base, after, parts)]
     best = min(near, key=lambda schedule: abs(saving(schedule) - target))
     if abs(saving(best) - target) > TOLERANCE:
         raise ValueError(
@@ -153,7 +184,7 @@ def _bracket(
     return build(high), build(max(low, 2.0**-30))
 
 
-def _neighbours(base: Schedule, after: tuple[int, ...], patches: int) -> list[Schedule]:
+def _neighbours(base: Schedule, after: tuple[int, ...], parts: Sequence[Section]) -> list[Schedule]:
     """Schedules that remove a few patches more or less at the last two stages; a late stage is the finest step."""
     found = []
     for late, early in itertools.product(range(-8, 9), range(-2, 3) if len(after) > 1 else (0,)):
@@ -161,26 +192,49 @@ def _neighbours(base: Schedule, after: tuple[int, ...], patches: int) -> list[Sc
         removed[after[-1]] += late
         if early:
             removed[after[-2]] += early
-        if min(removed) >= 0 and sum(removed) < patches:
+        left = [part.patches - sum(removed[start : start + part.depth]) for start, part in _starts(parts)]
+        if min(removed) >= 0 and min(left) > 0:
             found.append(Schedule(tuple(removed)))
     return found
 
 
-def _count(model: Trunk, schedule: Schedule, method: Method, image_size: ImageSize, convention: str) -> FlopsReport:
-    if schedule.depth != model.depth:
-        raise ValueError(f"the schedule is for {schedule.depth} blocks, but the model has {model.depth}")
+def _count(
+    model: Trunk | Pyramid,
+    parts: Sequence[Section],
+    schedule: Schedule,
+    method: Method,
+    image_size: ImageSize,
+    convention: str,
+) -> FlopsReport:
+    if schedule.depth != _depth(parts):
+        raise ValueError(f"the schedule is for {schedule.depth} blocks, but the model has {_depth(parts)}")
 
     @cache
-    def block(length: int) -> int:
-        return model.block_cost(length).total(convention)
+    def block(cost: Callable[..., Cost], length: int, stem: int) -> int:
+        return cost(length, **method.sequence.positions(length, stem)).total(convention)
 
-    special, patches = len(model.special_tokens(image_size)), model.num_patches(image_size)
-    lengths = tuple(length + special for length in schedule.lengths(patches))
-    per_block = tuple(block(length) for length in lengths)
-    steps = zip(lengths, schedule.removed, strict=True)
-    own = [method.cost(length - special, r, model.d_model, model.d_inner) for length, r in steps if r]
-    reduction = Cost(reduction=sum(own)).total(convention)
+    lengths: list[int] = []
+    per_block: list[int] = []
+    reduction = dense = 0
+    for start, part in _starts(parts):
+        patches = schedule.only(start, part.depth).lengths(part.patches)[start : start + part.depth]
+        removed = schedule.removed[start : start + part.depth]
+        own = [method.cost(p, r, part.d_model, part.d_inner) for p, r in zip(patches, removed, strict=True) if r]
+        reduction += part.windows * sum(own)
+        lengths += [p + part.special for p in patches]
+        stem = part.patches + part.special
+        per_block += [block(cost, p + part.special, stem) for cost, p in zip(part.costs, patches, strict=True)]
+        dense += sum(block(cost, stem, stem) for cost in part.costs)
+    reduction = Cost(reduction=reduction).total(convention)
     ends = (model.stem_cost(image_size) + model.head_cost()).total(convention)
-    dense = ends + model.depth * block(patches + special)
-    total = ends + sum(per_block) + reduction
-    return FlopsReport(total, dense, total / dense, per_block, reduction, lengths, convention)
+    total, dense = ends + sum(per_block) + reduction, ends + dense
+    return FlopsReport(total, dense, total / dense, tuple(per_block), reduction, tuple(lengths), convention)
+
+
+def _depth(parts: Sequence[Section]) -> int:
+    return sum(part.depth for part in parts)
+
+
+def _starts(parts: Sequence[Section]) -> list[tuple[int, Section]]:
+    """Every section with the number of its first block."""
+    return list(zip(itertools.accumulate((part.depth for part in parts), initial=0), parts, strict=False))

@@ -38,7 +38,7 @@ from .released import hsa_released, hsa_released_schedule, rmeeto_released, rmee
 from .released_tor import evit_released, pumer_released, utr_released, utr_released_merge, utr_released_prune
 from .sequential import stm
 from .utr import utr, utr_merge, utr_prune
-from .virtual import running, vsm
+from .virtual import early, running, vsm
 
 __all__ = [
     "CENTRALITY",
@@ -63,6 +63,7 @@ __all__ = [
     "delta",
     "dpcknn",
     "dropped",
+    "early",
     "even_spread",
     "evit",
     "evit_fused",
@@ -99,10 +100,10 @@ __all__ = [
     "random_prune",
     "random_score",
     "restored",
-    "running",
     "rmeeto",
     "rmeeto_released",
     "rmeeto_released_schedule",
+    "running",
     "scan_score",
     "stm",
     "tome",

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .assignment import Assignment, or_gone, take_rows
 from .choices import by_size, exact
-from .schedule import Schedule
+from .schedule import Schedule, default_stages
 from .sequence import AS_IT_STANDS, Layout, SequencePolicy
 from .tokens import SIGNALS, SPECIAL_SIGNALS, Signals, Tokens
 
@@ -44,6 +44,7 @@ class Method:
         not one, such as combining the stream and its last update differently. Other data, such as sizes, follow the
         plan.
     sequence: what convolution and scan make of the reduced sequence; as it stands, by default.
+    stages: depth -> 0-based blocks after which patches go where nobody says otherwise.
     source: paper, or where else it comes from.
     """
 
@@ -56,6 +57,7 @@ class Method:
     most: Callable[[int], int] = all_but_one
     merge: Callable[[Tensor, Assignment, Signals], Tensor] | None = None
     sequence: SequencePolicy = AS_IT_STANDS
+    stages: Callable[[int], tuple[int, ...]] = default_stages
     source: str = ""
 
     def __post_init__(self) -> None:
