@@ -212,28 +212,43 @@ def test_merging_equal_neighbours_changes_nothing_with_the_clock_running():
 def test_the_compiled_clustering_is_the_definition(batch, rows, seed, share, exponent):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(batch, rows, 5, generator=generator)
-    x[:, ::4] = 0  # like nobody
+    x[:, :1] = 0  # like nobody
     weight = torch.randint(1, 4, (batch, rows), generator=generator).float()
-    sums = x * weight[:, :, None]
     place = torch.rand(batch, rows, 2, generator=generator)
-    arguments = (sums @ sums.mT, weight, place, int(share * (rows - 1)), exponent)
-    root = kernels.agglomerate(*arguments)
-    assert torch.equal(root, clustering._pytorch(*arguments))
-    assert torch.equal(root.gather(1, root), root)
-    assert all(len(set(image.tolist())) == rows - arguments[3] for image in root)
+    arguments = (x, weight, place, int(share * (rows - 1)), exponent)
+    keep, dest = kernels.agglomerate(*arguments)
+    assert all(torch.equal(a, b) for a, b in zip((keep, dest), clustering._pytorch(*arguments), strict=True))
+    Assignment(keep, dest).check()
+
+
+def test_clustering_takes_rows_that_are_no_numbers():
+    x = torch.randn(1, 9, 4)
+    x[0, 2:5] = torch.nan
+    for r in range(9):
+        for made in (kernels.agglomerate, clustering._pytorch):
+            Assignment(*made(x, torch.ones(1, 9), torch.zeros(1, 9, 1), r, 1.0)).check()
+
+
+def test_the_operators_are_sound():
+    sequence, x = groups(2, 9, 5), torch.randn(2, 5, 16)
+    arguments = scan_arguments(2, 5, 16, 8, 3, torch.float32)
+    check = torch.library.opcheck
+    check(torch.ops.mambatrim.virtual_scan, (*arguments, *sequence))
+    check(torch.ops.mambatrim.virtual_conv1d, (x, [torch.randn(16, 4)], [], [True], True, *sequence))
+    check(torch.ops.mambatrim.agglomerate, (x, torch.ones(2, 5), torch.zeros(2, 5, 1), 2, 1.0))
 
 
 def test_the_cheapest_pairs_are_joined():
     x = torch.eye(6)[None] + 0
     x[0, 4], x[0, 5] = x[0, 1], x[0, 0] + 0.01
-    root = kernels.agglomerate(x @ x.mT, torch.ones(1, 6), torch.zeros(1, 6, 1), 2)
-    assert root[0].tolist() == [0, 1, 2, 3, 1, 0]
+    keep, dest = kernels.agglomerate(x, torch.ones(1, 6), torch.zeros(1, 6, 1), 2)
+    assert keep[0].tolist() == [0, 1, 2, 3] and dest[0].tolist() == [0, 1, 2, 3, 1, 0]
 
 
 @pytest.mark.parametrize("r", [-1, 3])
 def test_too_many_rows_cannot_go(r):
     with pytest.raises(ValueError, match="from 0 to 2 of 3 rows"):
-        kernels.agglomerate(torch.zeros(1, 3, 3), torch.ones(1, 3), torch.zeros(1, 3, 1), r)
+        kernels.agglomerate(torch.zeros(1, 3, 2), torch.ones(1, 3), torch.zeros(1, 3, 1), r)
 
 
 # ---------------------------------------------------------------------------------------------------------------- cost

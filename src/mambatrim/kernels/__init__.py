@@ -1,6 +1,6 @@
 """Tensors in, tensors out: the selective scan, the causal convolution and RMSNorm, with their gradients."""
 
-from .clustering import agglomerate
+from .clustering import agglomerate, cluster_macs
 from .convolution import causal_conv1d
 from .linear import linear
 from .norm import rms_norm
@@ -15,6 +15,7 @@ __all__ = [
     "Virtual",
     "agglomerate",
     "causal_conv1d",
+    "cluster_macs",
     "linear",
     "rms_norm",
     "scan",

@@ -17,7 +17,7 @@ LEVELS = ("generic", "avx2", "avx512")
 SCAN, SCAN_DIRECTION = "<21qd", "<27q"
 CONV, CONV_DIRECTION = "<17q", "<5q"
 NORM = "<10qd"
-CLUSTER = "<9qd"
+CLUSTER = "<11qd"
 
 
 def _abi() -> int:

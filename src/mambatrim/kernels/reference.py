@@ -106,6 +106,8 @@ def selective_scan_chunked(
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool = False, silu: bool = True) -> Tensor:
     """Depthwise causal convolution of x (B, L, E) with weight (E, K); reversed, a token sees itself and those behind
     it."""
+    if 0 in x.shape[1:]:
+        return x.clone()  # PyTorch convolves nothing with nothing only along the batch
     taps = _wide(weight)[:, None, :]  # (E, 1, K)
     rows = _wide(x).transpose(1, 2)  # (B, E, L)
     pad = weight.shape[1] - 1

@@ -43,18 +43,11 @@ def vsm(
     found = lookup("feature of vsm", feature, FEATURES)
 
     def plan(signals: Signals, r: int) -> Assignment:
-        x = found.read(signals) * signals.size.unsqueeze(2)  # (B, M, F): sums over the members
-        gram = x @ x.transpose(1, 2)
-        root = kernels.agglomerate(gram, signals.size, _coordinates(signals, distance, rows), r, exponent)
-        own = torch.arange(root.shape[1], device=root.device)
-        # rows that stand for themselves, in order
-        keep = torch.argsort((root != own).to(torch.int8), dim=1, stable=True)[:, : root.shape[1] - r]
-        place = torch.zeros_like(root).scatter(1, keep, torch.arange(keep.shape[1], device=root.device).expand_as(keep))
-        return Assignment(keep, place.gather(1, root))
+        place = _coordinates(signals, distance, rows)
+        return Assignment(*kernels.agglomerate(found.read(signals), signals.size, place, r, exponent))
 
     def cost(patches: int, r: int, d_model: int, d_inner: int) -> int:
-        # the products of all rows, what r joins change in them, and the means
-        return patches * patches * found.width(d_model, d_inner) + 4 * r * patches + r * d_model
+        return kernels.cluster_macs(patches, r, found.width(d_model, d_inner)) + r * d_model
 
     return Method("vsm", found.needs, plan, cost=cost, sequence=sequence, stages=early, source="mambatrim")
 

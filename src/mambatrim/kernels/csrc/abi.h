@@ -66,7 +66,8 @@ struct NormArgs {
 };
 
 struct ClusterArgs {
-    int64_t batch, rows, axes, r, threads;
-    int64_t gram, weight, coordinates, root;  // (B, M, M), (B, M), (B, M, P) fp32, out (B, M) int64; contiguous
+    int64_t batch, rows, width, axes, r, threads;
+    int64_t x, weight, coordinates;  // (B, M, F), (B, M), (B, M, P) fp32; contiguous
+    int64_t keep, dest;              // out (B, M - r), (B, M) int64, contiguous
     double exponent;
 };

@@ -70,7 +70,7 @@ INLINE vf exp2(vf x) {
 
 constexpr float LOG2E = 1.44269504088896341f;
 INLINE vf exp(vf x) { return exp2(x * LOG2E); }
-INLINE vf sigmoid(vf x) { return 1.0f / (1.0f + exp(-clamp(x, -87.0f, 1e38f))); }
+INLINE vf sigmoid(vf x) { return 1.0f / (1.0f + exp(-x)); }  // exactly 0 where e^-x is infinite, as in PyTorch
 
 // log(1 + e^x) = max(x, 0) + 2 atanh(t / (2 + t)) with t = e^-|x|: relatively accurate for very negative x too
 INLINE vf softplus(vf x) {
