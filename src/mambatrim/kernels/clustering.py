@@ -75,7 +75,7 @@ def _pytorch(x: Tensor, weight: Tensor, coordinates: Tensor, r: int, exponent: f
         cost = pair_costs(gram, weight, coordinates, exponent)
         cost = cost.masked_fill(gone[:, :, None] | gone[:, None, :], torch.inf)
         first = cost.flatten(1).argmin(dim=1)  # (B)
-        a, b = first // rows, first % rows
+        a, b = torch.stack([first // rows, first % rows]).aminmax(dim=0)
         swap = weight[image, b] > weight[image, a]
         kept, lost = torch.where(swap, b, a), torch.where(swap, a, b)
         w, v = weight[image, kept, None], weight[image, lost, None]
