@@ -101,10 +101,21 @@ class Classifier(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------- MambaVision
+# the class names, parameters and forwards of NVlabs/MambaVision and of its code on the Hub
 
 
-class VisionMixer(nn.Module):
-    """MambaVisionMixer: half of the channels are scanned, both halves convolved around their middle, and joined."""
+class ConvBlock(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(dim, dim, 3, padding=1), nn.BatchNorm2d(dim)
+        self.conv2, self.norm2 = nn.Conv2d(dim, dim, 3, padding=1), nn.BatchNorm2d(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.norm2(self.conv2(F.gelu(self.norm1(self.conv1(x)), approximate="tanh")))
+
+
+class MambaVisionMixer(nn.Module):
+    """Half of the channels are scanned, both halves convolved around their middle, and joined."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -117,8 +128,8 @@ class VisionMixer(nn.Module):
         self.conv1d_x = nn.Conv1d(half, half, 3, groups=half, bias=False)
         self.conv1d_z = nn.Conv1d(half, half, 3, groups=half, bias=False)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        x, z = self.in_proj(hidden).transpose(1, 2).chunk(2, dim=1)
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x, z = self.in_proj(hidden_states).transpose(1, 2).chunk(2, dim=1)
         x, z = (
             F.silu(F.conv1d(part, conv.weight, None, padding="same", groups=conv.groups))
             for part, conv in ((x, self.conv1d_x), (z, self.conv1d_z))
@@ -131,7 +142,7 @@ class VisionMixer(nn.Module):
         return self.out_proj(torch.cat([y, z], dim=1).transpose(1, 2))
 
 
-class VisionAttention(nn.Module):
+class Attention(nn.Module):
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
         self.heads, self.qkv, self.proj = heads, nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
@@ -141,7 +152,7 @@ class VisionAttention(nn.Module):
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-class VisionBlock(nn.Module):
+class Block(nn.Module):
     def __init__(self, dim: int, mixer: nn.Module) -> None:
         super().__init__()
         self.norm1, self.mixer, self.norm2 = nn.LayerNorm(dim), mixer, nn.LayerNorm(dim)
@@ -153,34 +164,77 @@ class VisionBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-class VisionStage(nn.Module):
-    """A stage of MambaVision with windows: (B, C, H, W) -> blocks on (B windows, side side, C) -> (B, C, H, W)."""
-
-    def __init__(self, dim: int, depth: int, heads: int, side: int) -> None:
+class Downsample(nn.Module):
+    def __init__(self, dim: int) -> None:
         super().__init__()
-        scanned = -(-depth // 2)
-        self.side = side
-        self.blocks = nn.ModuleList(
-            VisionBlock(dim, VisionMixer(dim) if i < scanned else VisionAttention(dim, heads)) for i in range(depth)
-        )
+        self.reduction = nn.Sequential(nn.Conv2d(dim, 2 * dim, 3, 2, 1, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, dim, height, width = x.shape
-        s, rows, columns = self.side, height // self.side, width // self.side
-        x = x.reshape(batch, dim, rows, s, columns, s).permute(0, 2, 4, 3, 5, 1).reshape(-1, s * s, dim)
+        return self.reduction(x)
+
+
+class MambaVisionLayer(nn.Module):
+    """A stage (B, C, H, W): convolutions, or blocks on padded windows; on the Hub it also returns its last map."""
+
+    def __init__(self, dim: int, depth: int, heads: int, window: int, conv: bool, last: bool, hub: bool) -> None:
+        super().__init__()
+        mixed = (MambaVisionMixer(dim) if i < -(-depth // 2) else Attention(dim, heads) for i in range(depth))
+        blocks = (ConvBlock(dim) for _ in range(depth)) if conv else (Block(dim, mixer) for mixer in mixed)
+        self.blocks, self.window_size, self.conv, self.hub = nn.ModuleList(blocks), window, conv, hub
+        self.downsample = None if last else Downsample(dim)
+
+    def run(self, x: Tensor) -> Tensor:
+        """The blocks on what each of them sees."""
         for block in self.blocks:
             x = block(x)
-        x = x.reshape(batch, rows, columns, s, s, dim).permute(0, 5, 1, 3, 2, 4)
-        return x.reshape(batch, dim, height, width)
+        return x
+
+    def windows(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> the same after `run` on (B windows, side side, C)."""
+        (batch, dim, height, width), s = x.shape, self.window_size
+        x = F.pad(x, (0, -width % s, 0, -height % s))
+        rows, columns = x.shape[2] // s, x.shape[3] // s
+        x = x.reshape(batch, dim, rows, s, columns, s).permute(0, 2, 4, 3, 5, 1).reshape(-1, s * s, dim)
+        x = self.run(x).reshape(batch, rows, columns, s, s, dim).permute(0, 5, 1, 3, 2, 4)
+        return x.reshape(batch, dim, rows * s, columns * s)[:, :, :height, :width]
+
+    def forward(self, x: Tensor):
+        x = self.run(x) if self.conv else self.windows(x)
+        down = x if self.downsample is None else self.downsample(x)
+        return (down, x) if self.hub else down
 
 
-class VisionStages(nn.Module):
-    """The two stages of MambaVision that scan, and the convolution between them."""
+class MambaVision(nn.Module):
+    """Two stages of convolutions and two of windows, of the sizes of the golden file."""
+
+    def __init__(self, hub: bool = False) -> None:
+        super().__init__()
+        self.patch_embed = nn.Sequential()
+        self.patch_embed.conv_down = nn.Sequential(
+            *(nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8, eps=1e-4), nn.ReLU()),
+            *(nn.Conv2d(8, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8, eps=1e-4), nn.ReLU()),
+        )
+        sizes = zip((1, 2, 4, 2), (8, 8, 4, 2), strict=True)
+        self.levels = nn.ModuleList(
+            MambaVisionLayer(8 * 2**i, depth, 2**i, window, i < 2, i == 3, hub)
+            for i, (depth, window) in enumerate(sizes)
+        )
+        self.norm, self.avgpool, self.head = nn.BatchNorm2d(64), nn.AdaptiveAvgPool2d(1), nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch_embed(x)
+        for level in self.levels:
+            x = level(x)
+            x = x[0] if level.hub else x
+        return self.head(self.avgpool(self.norm(x)).flatten(1))
+
+
+class MambaVisionModelForImageClassification(nn.Module):
+    """The outermost class of the code on the Hub."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.levels = nn.ModuleList([VisionStage(32, 4, 4, 4), VisionStage(64, 2, 8, 2)])
-        self.downsample = nn.Conv2d(32, 64, 3, 2, 1, bias=False)
+        self.model = MambaVision(hub=True)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.levels[1](self.downsample(self.levels[0](x)))
+    def forward(self, tensor: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.model(tensor)}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import re
 from dataclasses import replace
+from functools import partial
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,14 @@ import torch
 from torch import nn
 
 import mambatrim
-from foreign import Classifier, OfficialVim, TwoStreamBlock, VisionStages
-from mambatrim import adapters, methods
+from foreign import (
+    Classifier,
+    MambaVision,
+    MambaVisionModelForImageClassification,
+    OfficialVim,
+    TwoStreamBlock,
+)
+from mambatrim import adapters, compat, methods
 from mambatrim.adapters import MAMBAPY, MAMBAVISION, OFFICIAL_VIM, TRANSFORMERS
 from mambatrim.compat.mamba import Mamba
 from mambatrim.methods import METHODS
@@ -277,50 +285,84 @@ def test_plain_residual_models_equal_plans_by_hand(kind):
     assert torch.equal(model(x), dense)
 
 
-@torch.no_grad()
-def test_mambavision_stages(golden):
+def mambavision(golden, hub: bool):
+    """A stand-in of the official class, or of the one on the Hub, and the file of official weights and outputs."""
     file = golden("mambavision_e8_d1242_img64")
-    model = VisionStages().eval()
-    renamed = {"levels.2.blocks.": "levels.0.blocks.", "levels.3.blocks.": "levels.1.blocks."}
-    state = {new + key: t for old, new in renamed.items() for key, t in file.part(f"state.{old}").items()}
-    state["downsample.weight"] = file.tensors["state.levels.2.downsample.reduction.0.weight"]
-    model.load_state_dict(state, strict=True)
-    start, dense = file.tensors["stages.1.down"], file.tensors["stages.3.out"]
-    close(model(start), dense, 1e-4)
+    model = MambaVisionModelForImageClassification() if hub else MambaVision()
+    (model.model if hub else model).load_state_dict(file.part("state."), strict=True)
+    return model.eval(), file
 
+
+def window_by_hand(blocks, steps, x):
+    """One stage on windows (B, side side, C): the plan that MTR makes after each block, and all tokens at the end."""
+    count = x.shape[1]
+    size, ids, origin = torch.ones(x.shape[:2]), torch.arange(count).expand(len(x), -1), None
+    for block, r in zip(blocks, steps, strict=True):
+        given = block.norm1(x)
+        x = block(x)
+        if r:
+            dt = adapters.MAMBAVISION.signals(block.mixer, given, ("dt_mean",))["dt_mean"]
+            signals = Signals(size, ids, adapters.square(count), {"hidden": x, "dt_mean": dt})
+            plan = methods.get("mtr").plan(signals, r)
+            x, size, ids = plan.merge(x, size), plan.sum(size), plan.select(ids)
+            origin = plan if origin is None else origin.then(plan)
+    return x if origin is None else origin.unmerge(x)
+
+
+@pytest.mark.parametrize("hub", [False, True])
+@pytest.mark.parametrize("images", ["", "second."])
+@torch.no_grad()
+def test_mambavision(golden, hub, images):
+    """Official logits dense; reduced those of plans by hand inside the windows, one of them or several and padded."""
+    model, file = mambavision(golden, hub)
+    x = file.tensors[f"{images}input"]
+
+    def logits():
+        out = model(x)
+        return out["logits"] if hub else out
+
+    dense = logits()
+    close(dense, file.tensors[f"{images}logits"])
+    with mambatrim.attach(model, schedule=Schedule((4, 3, 0, 0, 1, 0)), adapter=MAMBAVISION):
+        reduced = logits()
+        if hub:  # maps for segmentation come whole from every stage
+            taken = []
+            probe = model.model.levels[2].register_forward_hook(lambda m, args, out: taken.append(out[1].shape))
+            assert torch.equal(logits(), reduced) and taken == [file.tensors[f"{images}stages.2.out"].shape]
+            probe.remove()
+    assert torch.equal(logits(), dense)
+    stages = (model.model if hub else model).levels[2:]
+    for stage, steps in zip(stages, ((4, 3, 0, 0), (1, 0)), strict=True):
+        stage.run = partial(window_by_hand, stage.blocks, steps)
+    close(reduced, logits())
+    assert (reduced - dense).abs().max() > 1e-3 * dense.abs().max()
+
+
+@torch.no_grad()
+def test_mambavision_signals_and_its_blocks_of_attention(golden):
+    model, file = mambavision(golden, hub=False)
     given = []
-    probe = model.levels[0].blocks[1].mixer.register_forward_hook(lambda m, args, out: given.append((m, args[0])))
-    model(start)
+    probe = model.levels[2].blocks[1].mixer.register_forward_hook(lambda m, args, out: given.append((m, args[0])))
+    model(file.tensors["input"])
     probe.remove()
     found = adapters.MAMBAVISION.signals(*given[0], tuple(SIGNALS))
-    close(found["dt"][:, 0].transpose(1, 2), file.tensors["blocks.2.1.delta"], 1e-4)
-    close(found["y"][:, 0].transpose(1, 2), file.tensors["blocks.2.1.scan_out"], 1e-4)
-
-    before = model(start)
-    with mambatrim.attach(model, schedule=Schedule((0, 5, 0, 0, 1, 0)), adapter=MAMBAVISION):
-        reduced = model(start)
-    x = start.flatten(2).transpose(1, 2)  # a window is all of it
-    blocks = model.levels[0].blocks
-    x = blocks[0](x)
-    steps = adapters.MAMBAVISION.signals(blocks[1].mixer, blocks[1].norm1(x), ("dt_mean",))["dt_mean"]
-    x = blocks[1](x)
-    signals = Signals(torch.ones(2, 16), torch.arange(16).expand(2, -1), (4, 4), {"hidden": x, "dt_mean": steps})
-    plan = methods.get("mtr").plan(signals, 5)
-    x = plan.unmerge(blocks[3](blocks[2](plan.merge(x, torch.ones(2, 16)))))
-    x = model.downsample(x.transpose(1, 2).unflatten(2, (4, 4))).flatten(2).transpose(1, 2)
-    block, last = model.levels[1].blocks
-    steps = adapters.MAMBAVISION.signals(block.mixer, block.norm1(x), ("dt_mean",))["dt_mean"]
-    x = block(x)
-    signals = Signals(torch.ones(2, 4), torch.arange(4).expand(2, -1), (2, 2), {"hidden": x, "dt_mean": steps})
-    plan = methods.get("mtr").plan(signals, 1)
-    x = plan.unmerge(last(plan.merge(x, torch.ones(2, 4))))
-    close(reduced, x.transpose(1, 2).unflatten(2, (2, 2)))
-    assert torch.equal(model(start), before)
+    close(found["dt"][:, 0].transpose(1, 2), file.tensors["blocks.2.1.delta"])
+    close(found["y"][:, 0].transpose(1, 2), file.tensors["blocks.2.1.scan_out"])
     with pytest.raises(ValueError, match="block 3 has no scan"):
         mambatrim.attach(model, schedule=Schedule((0, 0, 0, 5, 0, 0)), adapter=MAMBAVISION)
+    with pytest.raises(ValueError, match="for the 6 blocks of MambaVision"):
+        mambatrim.attach(model, schedule=Schedule.none(9), adapter=MAMBAVISION)
 
 
-# --------------------------------------------------------------------------------------------------- removal, refusals
+# -------------------------------------------------------------------------------------------------------------- removal
+
+
+class Renamed(TwoStreamBlock):
+    """A block whose mixer is called `mamba`, as in many networks for segmentation."""
+
+    def forward(self, hidden, residual=None):
+        stream = hidden if residual is None else hidden + residual
+        return self.mamba(self.norm(stream)), stream
 
 
 @torch.no_grad()
@@ -360,6 +402,25 @@ def test_gradients_and_a_forward_that_fails_half_way():
 
 
 @torch.no_grad()
+def test_blocks_that_call_their_mixer_otherwise():
+    _, theirs = pair()
+    x = images()
+    with mambatrim.attach(theirs, schedule=STEPS, adapter=OFFICIAL_VIM):
+        expected = theirs(x)
+    for layer in theirs.layers:
+        layer.mamba = layer.mixer
+        del layer.mixer
+        layer.__class__ = Renamed
+    with pytest.raises(ValueError, match="has no Mamba blocks that OFFICIAL_VIM knows"):
+        mambatrim.attach(theirs, schedule=STEPS, adapter=OFFICIAL_VIM)
+    own = replace(OFFICIAL_VIM, mixer=attrgetter("mamba"), scopes=lambda model: [model.layers])
+    with pytest.raises(ValueError, match="has no Mamba blocks that OFFICIAL_VIM knows"):
+        mambatrim.attach(theirs, schedule=STEPS, adapter=replace(own, mixer=attrgetter("mamba.mixer")))
+    with mambatrim.attach(theirs, schedule=STEPS, adapter=own):
+        assert torch.equal(theirs(x), expected)
+
+
+@torch.no_grad()
 def test_other_image_sizes_and_copies():
     _, theirs = pair()
     x = images()
@@ -369,16 +430,82 @@ def test_other_image_sizes_and_copies():
     assert torch.equal(twin(x), reduced) and not torch.equal(theirs(x), reduced)
 
 
+# ---------------------------------------------------------------------------------------------------------- compilation
+
+
+@pytest.fixture
+def small():
+    """A Vim of two blocks, which is soon compiled, and a compiler that knows of nothing yet."""
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    yield OfficialVim(d_model=16, depth=2).eval()
+    torch.compiler.reset()
+
+
+FEW = Schedule((3, 0))
+
+
 @torch.no_grad()
-def test_a_model_that_is_compiled_after_attaching_says_so():
-    """Hooks inside a traced frame see nothing of each other: refused, not wrong."""
-    _, theirs = pair()
-    x = images()
-    with mambatrim.attach(theirs, schedule=STEPS, adapter=OFFICIAL_VIM):
-        torch._dynamo.reset()
-        with pytest.raises(ValueError, match=r"not under torch\.compile"):
-            torch.compile(theirs, backend="eager")(x)
-        torch._dynamo.reset()
+def test_a_model_compiles_after_attaching(small):
+    """In one graph; what is compiled sees the removal too."""
+    x = images(2)
+    dense = small(x)
+    with mambatrim.attach(small, schedule=FEW, adapter=OFFICIAL_VIM):
+        reduced = small(x)
+        compiled = torch.compile(small, backend="eager", fullgraph=True)
+        close(compiled(x), reduced)
+        close(compiled(x), reduced)
+    assert (reduced - dense).abs().max() > 1e-3 * dense.abs().max()
+    close(compiled(x), dense)
+    close(small(x), dense)
+
+
+def test_gradients_of_a_compiled_model(small):
+    x = images(2)
+    with mambatrim.attach(small, schedule=FEW, adapter=OFFICIAL_VIM):
+        small(x).square().sum().backward()
+        expected = {name: p.grad for name, p in small.named_parameters()}
+        small.zero_grad()
+        torch.compile(small, backend="aot_eager", fullgraph=True)(x).square().sum().backward()
+    for name, parameter in small.named_parameters():
+        close(parameter.grad, expected[name], 1e-4)
+
+
+class Interrupted(TwoStreamBlock):
+    """Does what no graph can hold, so that every block is compiled by itself, and two of a class are taken for one."""
+
+    def forward(self, hidden, residual=None, inference_params=None):
+        torch._dynamo.graph_break()
+        return super().forward(hidden, residual, inference_params)
+
+
+@torch.no_grad()
+def test_a_model_that_compiles_in_pieces(small):
+    model = OfficialVim(d_model=16, depth=4).eval()
+    for layer in model.layers:
+        layer.__class__ = Interrupted
+    x = images(2)
+    # the third block runs what was compiled for the second, which removes nothing
+    with mambatrim.attach(model, schedule=Schedule((0, 0, 3, 0)), adapter=OFFICIAL_VIM):
+        close(torch.compile(model, backend="eager")(x), model(x))
+
+
+@torch.no_grad()
+def test_a_model_that_was_compiled_before(small):
+    """Its compiled form is refused; where the module is taken instead it stays dense, until the compiler forgets it."""
+    x = images(2)
+    dense, compiled = small(x), torch.compile(small, backend="eager")
+    close(compiled(x), dense)
+    with pytest.raises(ValueError, match="OptimizedModule is compiled, and would not see the reduction: attach first"):
+        mambatrim.attach(compiled, schedule=FEW, adapter=OFFICIAL_VIM)
+    with mambatrim.attach(small, schedule=FEW, adapter=OFFICIAL_VIM):
+        reduced = small(x)
+        close(compiled(x), dense)
+        torch.compiler.reset()
+        close(compiled(x), reduced)
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
 
 
 def test_refuses_in_one_sentence():
@@ -464,12 +591,19 @@ def test_refuses_in_the_forward():
 
 def test_the_page_on_own_models():
     page = (Path(__file__).parents[1] / "docs" / "own-model.md").read_text()
-    for title in ("Convert or attach your own model", "By hand"):
+
+    def run(title: str) -> dict:
         section = page.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
-        blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-        assert blocks, title
         scope: dict = {}
-        for block in blocks:
+        for block in re.findall(r"```python\n(.*?)```", section, re.DOTALL):
             exec(compile(block, f"own-model.md, {title}", "exec"), scope)
-        if title == "By hand":
-            assert scope["x"].shape == scope["given"].shape
+        return scope
+
+    try:
+        scope = run("Convert or attach your own model")
+    finally:
+        compat.uninstall()
+    assert scope["Mamba"] is Mamba and torch.equal(scope["logits"], scope["model"](scope["images"]))
+    scope = run("By hand")
+    assert scope["y"].shape[1] == 52 and scope["z"].shape == scope["x"].shape
+    assert torch.equal(scope["plan"].select(scope["z"]), scope["y"])

@@ -150,7 +150,7 @@ def test_what_is_not_there_says_so_at_import(ours):
         ("mamba_ssm.ops.triton.ssd_combined", "mamba_split_conv1d_scan_combined"),
         ("mamba_ssm.models.mixer_seq_simple", "MambaLMHeadModel"),
         ("mamba_ssm.utils.hf", "load_config_hf"),
-        ("causal_conv1d", "causal_conv1d_update"),
+        ("causal_conv1d.causal_conv1d_interface", "causal_conv1d_ref"),
     ],
 )
 def test_names_that_scripts_only_import_refuse_when_called(ours, module, name):
@@ -410,18 +410,27 @@ def test_golden_norms(ours, golden, module, case):
         assert torch.equal(norms.layer_norm_fn(x["x"], x["weight"], None, is_rms_norm=True, **options), out)
 
 
-@pytest.mark.parametrize("rms", [True, False])
+@pytest.mark.parametrize("module", ["layernorm", "layer_norm"])
+@pytest.mark.parametrize("function", ["layer_norm_fn", "rms_norm_fn", "RMSNorm"])
 @pytest.mark.parametrize("first", [True, False])
-def test_norm_gradients(ours, rms, first):
-    norms = ours("mamba_ssm.ops.triton.layernorm")
+def test_norm_gradients(ours, module, function, first):
+    norms = ours(f"mamba_ssm.ops.triton.{module}")
     x = leaves(1, x=(2, 5, 12), weight=(12,), bias=(12,), residual=(2, 5, 12))
     if first:
         x.pop("residual")
+    if function == "RMSNorm":
+        x.pop("bias")
     wide = doubled(x)
-    out, stream = norms.layer_norm_fn(**x, eps=1e-5, prenorm=True, is_rms_norm=rms)
+    if function == "RMSNorm":
+        layer = norms.RMSNorm(12)
+        layer.weight = torch.nn.Parameter(x["weight"].detach())
+        x["weight"] = layer.weight
+        out, stream = layer(x["x"], x.get("residual"), prenorm=True)
+    else:
+        out, stream = getattr(norms, function)(**x, eps=1e-5, prenorm=True)
     total = wide["x"] + wide.get("residual", 0)
-    centred = total if rms else total - total.mean(-1, keepdim=True)
-    normed = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * wide["weight"] + wide["bias"]
+    centred = total - total.mean(-1, keepdim=True) if function == "layer_norm_fn" else total
+    normed = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * wide["weight"] + wide.get("bias", 0)
     same_gradients(torch.cat([out, stream]), x, torch.cat([normed, total]), wide)
 
 
@@ -492,6 +501,25 @@ def test_convolution_gradients_in_all_generations(ours, silu, with_bias):
     close(module.causal_conv1d_fwd_function(*arguments[:3], None, None, None, silu), expected)
 
 
+@pytest.mark.parametrize("taps", [2, 4])
+@pytest.mark.parametrize("kept", [3, 4, 6])
+def test_convolution_goes_on_from_its_states(ours, taps, kept):
+    x = {name: t.detach() for name, t in leaves(4, x=(2, 6, 11), weight=(6, taps), bias=(6,)).items()}
+    update, raw = ours("causal_conv1d").causal_conv1d_update, ours("causal_conv1d_cuda").causal_conv1d_update
+    long = ours("causal_conv1d.cpp_functions").causal_conv1d_update_function
+    whole = F.silu(F.conv1d(F.pad(x["x"], (taps - 1, 0)), x["weight"][:, None], x["bias"], groups=6))
+    state, rest = torch.zeros(2, 6, kept), (x["weight"], x["bias"])
+    found = [update(x["x"][..., 0], state, *rest, "silu")[..., None], update(x["x"][..., 1:6], state, *rest, "silu")]
+    found += [raw(x["x"][..., 6], state, *rest, True)[..., None], raw(x["x"][..., 7:9], state, *rest, True, None)]
+    found += [long(x["x"][..., 9:], state, *rest, True, None, None)]
+    close(torch.cat(found, dim=2), whole)
+    assert torch.equal(state, x["x"][..., -kept:])
+    with pytest.raises(NotImplementedError, match="does not take cache_seqlens"):
+        update(x["x"][..., 0], state, *rest, cache_seqlens=torch.zeros(2))
+    with pytest.raises(ValueError, match=f"conv_state .B, E, {taps - 1} or more"):
+        update(x["x"][..., 0], state[:1], *rest)
+
+
 def test_convolution_refuses_by_name(ours):
     conv, raw = ours("causal_conv1d").causal_conv1d_fn, ours("causal_conv1d_cuda")
     x, weight = torch.ones(1, 6, 9), torch.ones(6, 4)
@@ -554,6 +582,41 @@ def test_scan_extension_gradients(ours, groups):
     assert len(grads) == 7 and grads[5] is grads[6] is None
 
 
+def test_scan_extension_with_one_step_for_several_channels(ours):
+    """VMamba's oflex takes a delta of fewer rows than there are channels."""
+    x = scan_leaves(4)
+    x |= {name: t.detach()[..., :3, :].requires_grad_() for name, t in x.items() if name == "delta"}
+    x["delta_bias"] = x["delta_bias"].detach()[:3].requires_grad_()
+    x.pop("z")
+    wide = doubled(x)
+    steps = {"delta": wide["delta"].repeat_interleave(4, 1), "delta_bias": wide["delta_bias"].repeat_interleave(4)}
+    expected = recurrence(**{**wide, **steps})[0]
+    arguments = [t.detach() for t in x.values()]
+    extension = ours("selective_scan_cuda_oflex")
+    out, states = extension.fwd(*arguments, True, 1, True)
+    close(out, expected)
+    dout = torch.randn(2, 12, 13)
+    grads = extension.bwd(*arguments, dout, states, True, 1)
+    for a, b in zip(grads, torch.autograd.grad(expected, list(wide.values()), dout.double()), strict=True):
+        close(a, b, 1e-5)
+
+
+def test_scan_extension_of_one_state(ours):
+    x = leaves(7, u=(2, 12, 9), delta=(2, 12, 9), A=(12,), B=(2, 3, 9), C=(2, 3, 9), D=(12,), delta_bias=(12,))
+    wide = doubled(x)
+    whole = {"A": wide["A"][:, None], "B": wide["B"][:, :, None], "C": wide["C"][:, :, None]}
+    expected, state = recurrence(**{**wide, **whole})
+    arguments = [t.detach() for t in x.values()]
+    extension = ours("selective_scan_cuda_ndstate")
+    out, states = extension.fwd(*arguments, True, 1)
+    close(out, expected)
+    close(states[:, :, -1, 1::2], state)
+    dout = torch.randn(2, 12, 9)
+    grads = extension.bwd(*arguments, dout, states, True, 1)
+    for a, b in zip(grads, torch.autograd.grad(expected, list(wide.values()), dout.double()), strict=True):
+        close(a, b, 1e-5)
+
+
 def test_scan_extensions_in_bf16(ours):
     x = {key: t.detach() for key, t in scan_leaves(4).items()}
     head = [x[key].bfloat16() if key in "uBC" or key == "delta" else x[key] for key in ("u", "delta", *"ABCD")]
@@ -567,6 +630,98 @@ def test_scan_extensions_in_bf16(ours):
     assert [g.dtype for g in grads[:6]] == [t.dtype for t in head]
 
 
+# ---------------------------------------------------------------------------------------------- released signatures
+
+# the arguments of the releases in their order, as callers hand them in by position; ours may have more, with defaults
+SCAN_ARGUMENTS = "u delta A B C D z delta_bias delta_softplus return_last_state"
+INNER_ARGUMENTS = "B C D delta_bias B_proj_bias C_proj_bias delta_softplus"
+CONV_WEIGHTS = "xz conv1d_weight conv1d_bias x_proj_weight delta_proj_weight"
+OUT = "out_proj_weight out_proj_bias"
+CORE = "u delta A B C D delta_bias"
+MIXER = (
+    "d_model d_state d_conv expand dt_rank dt_min dt_max dt_init dt_scale dt_init_floor conv_bias bias use_fast_path "
+    "layer_idx device dtype"
+)
+RMS_2 = "x weight bias residual x1 weight1 bias1 eps dropout_p rowscale prenorm residual_in_fp32"
+RELEASED = [
+    (SCAN, "selective_scan_fn", SCAN_ARGUMENTS),
+    (SCAN, "selective_scan_ref", SCAN_ARGUMENTS),
+    (
+        *(SCAN, "mamba_inner_fn"),
+        f"{CONV_WEIGHTS} {OUT} A {INNER_ARGUMENTS} checkpoint_lvl b_rms_weight c_rms_weight dt_rms_weight "
+        "b_c_dt_rms_eps",
+    ),
+    (SCAN, "mamba_inner_ref", f"{CONV_WEIGHTS} {OUT} A {INNER_ARGUMENTS}"),
+    (SCAN, "mamba_inner_fn_no_out_proj", f"{CONV_WEIGHTS} A {INNER_ARGUMENTS}"),
+    (SCAN, "bimamba_inner_fn", f"{CONV_WEIGHTS} {OUT} A A_b {INNER_ARGUMENTS}"),
+    (SCAN, "bimamba_inner_ref", f"{CONV_WEIGHTS} {OUT} A A_b {INNER_ARGUMENTS}"),
+    ("mamba_ssm.modules.mamba_simple", "Mamba", f"{MIXER} bimamba_type if_divide_out init_layer_scale"),
+    ("mamba_ssm.modules.mamba_simple", "Mamba.forward", "self hidden_states inference_params T"),
+    ("mamba_ssm.modules.mamba_simple", "Mamba.step", "self hidden_states conv_state ssm_state"),
+    (
+        *("mamba_ssm.ops.triton.layernorm", "layer_norm_fn"),
+        "x weight bias residual eps prenorm residual_in_fp32 is_rms_norm",
+    ),
+    ("mamba_ssm.ops.triton.layernorm", "rms_norm_fn", "x weight bias residual prenorm residual_in_fp32 eps"),
+    ("mamba_ssm.ops.triton.layernorm", "RMSNorm", "hidden_size eps device dtype"),
+    ("mamba_ssm.ops.triton.layer_norm", "layer_norm_fn", f"{RMS_2} is_rms_norm return_dropout_mask"),
+    ("mamba_ssm.ops.triton.layer_norm", "rms_norm_fn", f"{RMS_2} return_dropout_mask"),
+    ("mamba_ssm.ops.triton.layer_norm", "RMSNorm", "hidden_size eps dropout_p device dtype"),
+    ("mamba_ssm.ops.triton.layer_norm", "RMSNorm.forward", "self x residual prenorm residual_in_fp32"),
+    (
+        *("causal_conv1d", "causal_conv1d_fn"),
+        "x weight bias seq_idx initial_states return_final_states final_states_out activation",
+    ),
+    (
+        *("causal_conv1d", "causal_conv1d_update"),
+        "x conv_state weight bias activation cache_seqlens conv_state_indices",
+    ),
+    (
+        *("causal_conv1d.cpp_functions", "causal_conv1d_fwd_function"),
+        "x weight bias seq_idx initial_states final_states_out silu_activation",
+    ),
+    (
+        *("causal_conv1d.cpp_functions", "causal_conv1d_bwd_function"),
+        "x weight bias dout seq_idx initial_states dfinal_states dx return_dinitial_states silu_activation",
+    ),
+    ("selective_scan_cuda", "fwd", "u delta A B C D z delta_bias delta_softplus"),
+    (
+        *("selective_scan_cuda", "bwd"),
+        "u delta A B C D z delta_bias dout x out dz delta_softplus recompute_out_z",
+    ),
+    ("selective_scan_cuda_core", "fwd", f"{CORE} delta_softplus nrows"),
+    ("selective_scan_cuda_core", "bwd", f"{CORE} dout x delta_softplus nrows"),
+    ("selective_scan_cuda_oflex", "fwd", f"{CORE} delta_softplus nrows out_float"),
+    ("selective_scan_cuda_oflex", "bwd", f"{CORE} dout x delta_softplus nrows"),
+    ("selective_scan_cuda_ndstate", "fwd", f"{CORE} delta_softplus nrows"),
+    ("selective_scan_cuda_ndstate", "bwd", f"{CORE} dout x delta_softplus nrows"),
+]
+# the first values of optional arguments that the releases give
+DEFAULTS = {
+    "selective_scan_fn": {"D": None, "z": None, "delta_softplus": False, "return_last_state": False},
+    "mamba_inner_fn": {"B": None, "D": None, "delta_bias": None, "delta_softplus": True, "checkpoint_lvl": 1},
+    "bimamba_inner_fn": {"B": None, "D": None, "delta_softplus": True},
+    "Mamba": {"d_state": 16, "d_conv": 4, "expand": 2, "dt_rank": "auto", "dt_min": 0.001, "bimamba_type": "none"},
+    "layer_norm_fn": {"eps": 1e-6, "prenorm": False, "residual_in_fp32": False, "is_rms_norm": False},
+    "RMSNorm": {"eps": 1e-5},
+    "causal_conv1d_fn": {"bias": None, "activation": None},
+}
+
+
+@pytest.mark.parametrize(("module", "name", "arguments"), RELEASED, ids=lambda text: text.split()[0])
+def test_released_signatures(ours, module, name, arguments):
+    found = ours(module)
+    for part in name.split("."):
+        found = getattr(found, part)
+    parameters = inspect.signature(found).parameters
+    names = list(parameters)
+    wanted = arguments.split()
+    assert names[: len(wanted)] == wanted
+    assert all(parameters[extra].default is not inspect.Parameter.empty for extra in names[len(wanted) :])
+    for argument, value in DEFAULTS.get(name, {}).items():
+        assert parameters[argument].default == value
+
+
 # ------------------------------------------------------------------------------------------------------ whole scripts
 
 SCRIPT = """
@@ -575,9 +730,10 @@ SCRIPT = """
     import causal_conv1d_cuda
     import selective_scan_cuda
     import selective_scan_cuda_core
+    import selective_scan_cuda_ndstate
     import selective_scan_cuda_oflex
     import torch
-    from causal_conv1d import causal_conv1d_fn
+    from causal_conv1d import causal_conv1d_fn, causal_conv1d_update
     from mamba_ssm import Mamba
     from mamba_ssm.modules.mamba2 import Mamba2
     from mamba_ssm.modules.mamba_simple import Mamba as Same
@@ -666,6 +822,15 @@ SCRIPT = """
     u = causal_conv1d_cuda.causal_conv1d_fwd(x, m.conv1d.weight[:, 0], m.conv1d.bias, None, None, None, True)
     dt, B, C = (m.x_proj.weight @ u).split([1, 16, 16], dim=1)
     head = [u, m.dt_proj.weight @ dt, A, B, C, m.D, z, m.dt_proj.bias]
+    taps = m.conv1d.weight[:, 0], m.conv1d.bias
+    for generation in ((True,), (None, True), (None, None, None, True)):
+        assert torch.equal(causal_conv1d_cuda.causal_conv1d_fwd(x, *taps, *generation), u)
+    last = causal_conv1d_update(x[..., -1], x[..., -5:-1].clone(), *taps, "silu")
+    assert torch.allclose(last, u[..., -1], atol=1e-6)
+    one_state = selective_scan_cuda_ndstate.fwd(u, *head[1:2], A[:, 0], B[:, :1], C[:, :1], None, None, True)[0]
+    assert one_state.shape == u.shape
+    normed = layer_norm_fn(images, torch.ones(16), torch.zeros(16), eps=1e-5)
+    assert torch.allclose(normed, torch.nn.functional.layer_norm(images, (16,)), atol=1e-5)
     out, states, gated = selective_scan_cuda.fwd(*head, True)
     assert torch.allclose(gated, bare, atol=1e-6)
     assert torch.allclose(gated, selective_scan_ref(*head, True), atol=1e-6)

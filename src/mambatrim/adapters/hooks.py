@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -40,7 +40,8 @@ class Handle:
 def attach(model: nn.Module, *, method: str | Method = "mtr", schedule: Schedule, adapter: Adapter) -> Handle:
     """Remove tokens inside another model from now on, until `remove` is called or the `with` block ends.
 
-    Not for `torch.compile`: a compiled wrapper is refused, and one that is made later fails with a sentence. One
+    Attach first and compile then: `torch.compile` traces the hooks like the rest, and notices `remove`. What it
+    compiled before stays without them, which cannot always be seen here: then call `torch.compiler.reset()`. One
     forward at a time: neither `nn.DataParallel` nor activation checkpointing.
 
     Args:
@@ -63,15 +64,18 @@ def attach(model: nn.Module, *, method: str | Method = "mtr", schedule: Schedule
     _refuse_blocks(model, blocks, schedule, adapter)
     trim, reducer = _Trim(model, chosen, schedule, adapter), Reducer(chosen, schedule)
     starts, ends = {id(scope[0]) for scope in scopes}, {id(scope[-1]) for scope in scopes}
-    hooks: list[tuple[nn.Module, Callable[..., Any], bool]] = []
+    borders = []
     for index, block in enumerate(blocks):
         wanted = tuple(name for name in reducer.needs(index) if name != "hidden")
         if wanted and not adapter.scans(block):
             raise ValueError(f"method {chosen.name!r} needs {', '.join(wanted)}, and block {index} has no scan to tell")
-        if wanted:
-            hooks.append((adapter.mixer(block), _AfterMixer(trim), True))
-        hooks.append((block, _AfterBlock(trim, index, id(block) in starts, id(block) in ends, wanted), False))
-    return Handle([module.register_forward_hook(hook, with_kwargs=named) for module, hook, named in hooks])
+        borders.append(_AfterBlock(trim, index, id(block) in starts, id(block) in ends, wanted))
+    # on every mixer or on none: torch.compile takes blocks of one class for the same, whatever hooks they have
+    watched = blocks if any(border.wanted for border in borders) else []
+    after_mixer = _AfterMixer(trim)
+    mixers = [adapter.mixer(block) for block in watched if adapter.scans(block)]
+    hooks = [mixer.register_forward_hook(after_mixer, with_kwargs=True) for mixer in mixers]
+    return Handle([*hooks, *(block.register_forward_hook(b) for block, b in zip(blocks, borders, strict=True))])
 
 
 def _refuse_model(model: nn.Module) -> None:
@@ -147,15 +151,11 @@ class _Trim:
         found = {"hidden": tokens.x}
         if wanted:
             if self.mixed is None:
-                raise ValueError(
-                    f"the mixer of a {type(block).__name__} was not called, so that it gave no signals; a model with "
-                    "something attached runs as it is, not under torch.compile (mambatrim.convert makes one that does)"
-                )
+                raise ValueError(f"the mixer of a {type(block).__name__} was not called, so that it gave no signals")
             x, update = self.mixed
             with torch.no_grad():
                 found |= self.adapter.signals(self.adapter.mixer(block), x, wanted)
             found["update"] = update
-        self.mixed = None
         return found
 
     def restore(self, tokens: Tokens, parts: Parts) -> Parts:
@@ -203,6 +203,7 @@ class _AfterBlock:
             if trim.canvas is not None:
                 output = adapter.write(output, trim.restore(trim.tokens, parts))
             trim.tokens = trim.canvas = None
+        trim.mixed = None
         return output
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,6 +17,12 @@ def square(patches: int) -> tuple[int, int]:
     """(h, w) of so many patches: a square where the number is one, else a line."""
     side = round(patches**0.5)
     return (side, side) if side * side == patches else (1, patches)
+
+
+def own_mixer(block: Any) -> nn.Module:
+    """The mixer of a block that calls it `mixer`."""
+    mixer: nn.Module = block.mixer
+    return mixer
 
 
 @dataclass(frozen=True)
@@ -42,13 +47,17 @@ class Adapter:
     write: Callable[[Any, Parts], Any]
     special: Callable[[nn.Module, int], tuple[int, ...]]
     signals: Callable[[nn.Module, Tensor, Collection[str]], dict[str, Tensor]] = mamba1_signals
-    mixer: Callable[[Any], nn.Module] = attrgetter("mixer")
+    mixer: Callable[[Any], nn.Module] = own_mixer
     parts: tuple[str, ...] = MAMBA1
     grid: Callable[[int], tuple[int, ...]] = square
 
     def scans(self, block: nn.Module) -> bool:
         """Whether a block has a mixer that `signals` can read."""
-        return hasattr(block, "mixer") and _has(self.mixer(block), self.parts)
+        try:
+            mixer = self.mixer(block)
+        except AttributeError:
+            return False
+        return _has(mixer, self.parts)
 
 
 # ---------------------------------------------------------------------------------------------------------- class token

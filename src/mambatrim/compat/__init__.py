@@ -18,7 +18,8 @@ def install() -> list[str]:
     """Put the stand-ins in place of those packages that are absent; a second call changes nothing.
 
     Packages: `mamba_ssm`, `causal_conv1d`, and the extensions `causal_conv1d_cuda`, `selective_scan_cuda`,
-    `selective_scan_cuda_core`, `selective_scan_cuda_oflex`. Call it before the first import of any of them.
+    `selective_scan_cuda_core`, `selective_scan_cuda_oflex`, `selective_scan_cuda_ndstate`. Call it before the first
+    import of any of them.
 
     Returns:
         The full names of all modules that are stand-ins now.

@@ -1,7 +1,8 @@
 """`causal_conv1d` and its extension `causal_conv1d_cuda`: the depthwise causal convolution, channel-first.
 
 The package changed its arguments twice: 1.0 has no `seq_idx`, 1.1 has it, 1.2 to 1.4 have initial and final states too.
-Forks of all ages are in use, some of which call two generations in one file, so every generation is taken.
+Forks of all ages are in use, some of which call two generations in one file, so every generation is taken. From 1.5 on
+the extension is called through `causal_conv1d.cpp_functions`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,12 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Ten
     biases = [] if bias is None else [bias]
     y = kernels.causal_conv1d(token_major(x), [weight], biases, silu=silu)[0].transpose(1, 2)
     return y if x.stride(1) == 1 and x.stride(2) != 1 else y.contiguous()
+
+
+def _silu(activation: str | None) -> bool:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be None, 'silu' or 'swish', got {activation!r}")
+    return ACTIVATIONS[activation]
 
 
 def _refuse(function: str, **given: Tensor | bool | None) -> None:
@@ -64,9 +71,42 @@ def causal_conv1d_fn(
         return_final_states=return_final_states,
         final_states_out=final_states_out,
     )
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be None, 'silu' or 'swish', got {activation!r}")
-    return _convolve(x, weight, bias, ACTIVATIONS[activation])
+    return _convolve(x, weight, bias, _silu(activation))
+
+
+@torch.no_grad()
+def causal_conv1d_update(
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    cache_seqlens: Tensor | None = None,
+    conv_state_indices: Tensor | None = None,
+) -> Tensor:
+    """The next tokens of a sequence whose last ones are in conv_state, which moves on in place; without gradients.
+
+    Args:
+        x: (B, E) or (B, E, L). conv_state: (B, E, S), S at least K - 1. weight: (E, K). bias: (E).
+
+    Returns:
+        As x.
+
+    Raises:
+        NotImplementedError: cache_seqlens (a circular buffer) or conv_state_indices are given.
+        ValueError: another activation, or a shape that does not fit.
+    """
+    _refuse("causal_conv1d_update", cache_seqlens=cache_seqlens, conv_state_indices=conv_state_indices)
+    silu, tokens = _silu(activation), x[:, :, None] if x.dim() == 2 else x  # (B, E, L)
+    if tokens.dim() != 3 or conv_state.shape[:2] != x.shape[:2] or conv_state.shape[2] < weight.shape[1] - 1:
+        raise ValueError(
+            f"x must be (B, E) or (B, E, L) and conv_state (B, E, {weight.shape[1] - 1} or more), "
+            f"got {tuple(x.shape)} and {tuple(conv_state.shape)}"
+        )
+    window = torch.cat([conv_state.to(x.dtype), tokens], dim=2)
+    conv_state.copy_(window[:, :, tokens.shape[2] :])
+    y = _convolve(window, weight, bias, silu)[:, :, conv_state.shape[2] :]
+    return y.reshape(x.shape)
 
 
 # --------------------------------------------------------------------------------------------- causal_conv1d_cuda
@@ -117,6 +157,20 @@ def causal_conv1d_bwd(
     return (*grads, None) if len(rest) == 6 else grads
 
 
+def causal_conv1d_cuda_update(
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    silu_activation: bool,
+    cache_seqlens: Tensor | None = None,
+    conv_state_indices: Tensor | None = None,
+) -> Tensor:
+    """`causal_conv1d_update` as the extension has it: 5 arguments up to 1.3, 6 in 1.4, 7 at its end."""
+    activation = "silu" if silu_activation else None
+    return causal_conv1d_update(x, conv_state, weight, bias, activation, cache_seqlens, conv_state_indices)
+
+
 # ------------------------------------------------------------------------------------ causal_conv1d.cpp_functions
 
 
@@ -148,3 +202,16 @@ def causal_conv1d_bwd_function(
     """`causal_conv1d_bwd` with 10 arguments, under the name that causal_conv1d 1.5 gives it."""
     rest = (seq_idx, initial_states, dfinal_states, dx, return_dinitial_states, silu_activation)
     return causal_conv1d_bwd(x, weight, bias, dout, *rest)
+
+
+def causal_conv1d_update_function(
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    silu_activation: bool,
+    cache_seqlens: Tensor | None,
+    conv_state_indices: Tensor | None,
+) -> Tensor:
+    """`causal_conv1d_update` under the name that causal_conv1d 1.5 gives it."""
+    return causal_conv1d_cuda_update(x, conv_state, weight, bias, silu_activation, cache_seqlens, conv_state_indices)

@@ -59,7 +59,7 @@ class Mamba(nn.Module):
             projections, A and D of its own (as released, its dt_proj_b starts like any linear layer).
         if_divide_out, if_devide_out: whether v2 averages its directions instead of adding them.
         init_layer_scale: first value of a factor `gamma` (D) on the output; None leaves it out.
-        bimamba: VideoMamba's name for v2 without the average.
+        bimamba: VideoMamba's name for v2 without the average; it is True by default there, and has to be given here.
 
     Raises:
         ValueError: an unknown bimamba_type or dt_init.
@@ -148,9 +148,9 @@ class Mamba(nn.Module):
     def _start_skip(self, device: torch.device | str | None) -> nn.Parameter:
         return _mark(nn.Parameter(torch.ones(self.d_inner, device=device)), "_no_weight_decay")
 
-    def forward(self, hidden_states: Tensor, inference_params: InferenceParams | None = None) -> Tensor:
+    def forward(self, hidden_states: Tensor, inference_params: InferenceParams | None = None, T: int = 1) -> Tensor:
         """(B, L, D) -> (B, L, D). With inference_params, the states after the last token are kept there, and a call
-        with an offset continues from them with one token.
+        with an offset continues from them with one token. T, an argument of VideoMamba, has no effect, as there.
 
         Raises:
             NotImplementedError: inference_params with more than one direction.

@@ -8,6 +8,7 @@ kernels, which is also what autograd keeps; what already is token-major in memor
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,33 +46,35 @@ def projection(x: Tensor, name: str) -> Tensor:
     return token_major(x if x.dim() == 3 else x[:, 0])
 
 
-def selective_scan(
-    scanner: Scanner,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-) -> tuple[Tensor, Tensor]:
-    """Channel-first arguments, token-major result (B, L, E), and the last state (B, E, N)."""
-    if A.is_complex():
+class Inputs(NamedTuple):
+    """What a scan is given, channel-first, under the names of the public functions; also the gradients of these."""
+
+    u: Tensor  # (B, E, L)
+    delta: Tensor  # (B, E, L)
+    A: Tensor  # (E, N)
+    B: Tensor  # (B, N, L) or (B, G, N, L)
+    C: Tensor  # as B
+    D: Tensor | None = None  # (E)
+    z: Tensor | None = None  # (B, E, L)
+    delta_bias: Tensor | None = None  # (E)
+
+
+def selective_scan(scanner: Scanner, x: Inputs, softplus: bool) -> tuple[Tensor, Tensor]:
+    """Channel-first inputs, token-major result (B, L, E), and the last state (B, E, N)."""
+    if x.A.is_complex():
         raise NotImplementedError("the scan of mambatrim takes real numbers, got a complex A")
-    if u.dim() != 3:
-        raise ValueError(f"u must be (B, E, L), got {tuple(u.shape)}")
+    if x.u.dim() != 3:
+        raise ValueError(f"u must be (B, E, L), got {tuple(x.u.shape)}")
     y, _, state = scanner(
-        token_major(u),
-        token_major(delta),
-        A,
-        projection(B, "B"),
-        projection(C, "C"),
-        D,
-        None if z is None else token_major(z),
-        delta_bias,
-        softplus=delta_softplus,
+        token_major(x.u),
+        token_major(x.delta),
+        x.A,
+        projection(x.B, "B"),
+        projection(x.C, "C"),
+        x.D,
+        None if x.z is None else token_major(x.z),
+        x.delta_bias,
+        softplus=softplus,
     )
     return y, state
 
@@ -143,7 +146,7 @@ def selective_scan_fn(
         NotImplementedError: complex A, B or C, or B or C that are constant over the tokens.
         ValueError: a shape, a dtype or a device does not fit.
     """
-    y, state = selective_scan(kernels.selective_scan, u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    y, state = selective_scan(kernels.selective_scan, Inputs(u, delta, A, B, C, D, z, delta_bias), delta_softplus)
     out = y.transpose(1, 2).contiguous()
     return (out, state) if return_last_state else out
 
@@ -161,6 +164,6 @@ def selective_scan_ref(
     return_last_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`selective_scan_fn` token by token in plain PyTorch: slow, and what the kernels are tested with."""
-    y, state = selective_scan(by_definition, u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    y, state = selective_scan(by_definition, Inputs(u, delta, A, B, C, D, z, delta_bias), delta_softplus)
     out = y.transpose(1, 2).contiguous()
     return (out, state) if return_last_state else out

@@ -51,19 +51,26 @@ COVERED: dict[str, dict[str, object]] = {
     "causal_conv1d": {
         "__version__": "1.4.0+mambatrim",
         "causal_conv1d_fn": conv.causal_conv1d_fn,
+        "causal_conv1d_update": conv.causal_conv1d_update,
     },
-    "causal_conv1d.causal_conv1d_interface": {"causal_conv1d_fn": conv.causal_conv1d_fn},
+    "causal_conv1d.causal_conv1d_interface": {
+        "causal_conv1d_fn": conv.causal_conv1d_fn,
+        "causal_conv1d_update": conv.causal_conv1d_update,
+    },
     "causal_conv1d.cpp_functions": {
         "causal_conv1d_fwd_function": conv.causal_conv1d_fwd_function,
         "causal_conv1d_bwd_function": conv.causal_conv1d_bwd_function,
+        "causal_conv1d_update_function": conv.causal_conv1d_update_function,
     },
     "causal_conv1d_cuda": {
         "causal_conv1d_fwd": conv.causal_conv1d_fwd,
         "causal_conv1d_bwd": conv.causal_conv1d_bwd,
+        "causal_conv1d_update": conv.causal_conv1d_cuda_update,
     },
     "selective_scan_cuda": {"fwd": extensions.fwd, "bwd": extensions.bwd},
     "selective_scan_cuda_core": {"fwd": extensions.core_fwd, "bwd": extensions.core_bwd},
     "selective_scan_cuda_oflex": {"fwd": extensions.oflex_fwd, "bwd": extensions.core_bwd},
+    "selective_scan_cuda_ndstate": {"fwd": extensions.ndstate_fwd, "bwd": extensions.ndstate_bwd},
 }
 
 

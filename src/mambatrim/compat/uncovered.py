@@ -36,11 +36,8 @@ UNCOVERED: dict[str, tuple[str, ...]] = {
     "mamba_ssm.utils.hf": ("load_config_hf", "load_state_dict_hf"),
     "mamba_ssm.distributed.distributed_utils": ("all_reduce", "reduce_scatter"),
     "mamba_ssm.distributed.tensor_parallel": ("ColumnParallelLinear", "RowParallelLinear"),
-    "causal_conv1d": ("causal_conv1d_update",),
-    "causal_conv1d.causal_conv1d_interface": ("causal_conv1d_ref", "causal_conv1d_update", "causal_conv1d_update_ref"),
+    "causal_conv1d.causal_conv1d_interface": ("causal_conv1d_ref", "causal_conv1d_update_ref"),
     "causal_conv1d.causal_conv1d_varlen": ("causal_conv1d_varlen_states", "causal_conv1d_varlen_states_ref"),
-    "causal_conv1d.cpp_functions": ("causal_conv1d_update_function",),
-    "causal_conv1d_cuda": ("causal_conv1d_update",),
 }
 
 
