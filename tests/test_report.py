@@ -8,7 +8,19 @@ import pytest
 import torch
 
 import mambatrim
-from mambatrim.report import SCHEMA, describe_machine, giga, machine, percent, report, result, table, to_json
+from mambatrim.report import (
+    SCHEMA,
+    csv_table,
+    describe_machine,
+    giga,
+    machine,
+    markdown_table,
+    percent,
+    report,
+    result,
+    table,
+    to_json,
+)
 
 
 def test_a_report_says_what_ran_and_on_what() -> None:
@@ -74,3 +86,14 @@ def test_giga(flops: int, text: str) -> None:
 
 def test_percent() -> None:
     assert (percent(0.4), percent(-0.0312), percent(1, 0)) == ("40.0 %", "-3.1 %", "100 %")
+
+
+def test_tables_for_documents_and_spreadsheets() -> None:
+    rows = [("a|b", "1.0"), ("c", "")]
+    assert markdown_table(("name", "n"), rows).splitlines() == [
+        "| name | n |",
+        "| --- | ---: |",
+        "| a\\|b | 1.0 |",
+        "| c |  |",
+    ]
+    assert csv_table(("name", "n"), [('say "a", b', 1.5), ("c", None)]) == 'name,n\n"say ""a"", b",1.5\nc,\n'

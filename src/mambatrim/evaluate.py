@@ -79,8 +79,8 @@ def evaluate_models(
     specs = [spec_of(model) for model in models.values()]
     if any(spec.preprocess != specs[0].preprocess or spec.classes != specs[0].classes for spec in specs):
         raise ValueError(f"the models {', '.join(models)} differ in their classes or in how images are prepared")
-    dataset = _spread(open_dataset(data) if isinstance(data, str | os.PathLike) else data, limit)
-    meaning = _meaning_of_labels(dataset.classes, specs[0])
+    dataset = spread(open_dataset(data) if isinstance(data, str | os.PathLike) else data, limit)
+    meaning = meaning_of_labels(dataset.classes, specs[0])
     device = next(next(iter(models.values())).parameters()).device
     ranked: dict[str, list[Tensor]] = {name: [] for name in models}
     seconds = dict.fromkeys(models, 0.0)
@@ -131,8 +131,12 @@ def _evaluation(ranked: Tensor, truth: Tensor, reference: Tensor | None, seconds
     )
 
 
-def _meaning_of_labels(names: tuple[str, ...], spec: ModelSpec) -> Tensor:
-    """(classes of the data set,): which of the model's classes each label is."""
+def meaning_of_labels(names: tuple[str, ...], spec: ModelSpec) -> Tensor:
+    """(classes of the data set,): which of the model's classes each label is.
+
+    Raises:
+        ValueError: the model has no class of a name.
+    """
     known = spec.classes
     # a data set without names calls its classes by their labels, and folders called 0, 1, 10, 2 are in that order
     if all(name.isdecimal() for name in names):
@@ -146,8 +150,8 @@ def _meaning_of_labels(names: tuple[str, ...], spec: ModelSpec) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Part:
-    """Some of a data set."""
+class Part:
+    """Some images of a data set, by their indices there."""
 
     whole: Dataset
     indices: tuple[int, ...]
@@ -163,7 +167,7 @@ class _Part:
         return self.whole[self.indices[index]]
 
 
-def _spread(dataset: Dataset, limit: int | None) -> Dataset:
+def spread(dataset: Dataset, limit: int | None) -> Dataset:
     """`limit` images spread evenly: the first ones of a data set are often all of one class."""
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1 image, not {limit}")
@@ -172,4 +176,4 @@ def _spread(dataset: Dataset, limit: int | None) -> Dataset:
         raise ValueError("the data set is empty")
     if limit is None or limit >= count:
         return dataset
-    return _Part(dataset, tuple(index * count // limit for index in range(limit)))
+    return Part(dataset, tuple(index * count // limit for index in range(limit)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import platform
@@ -91,6 +93,19 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], words: bool = Fa
         return "  ".join([cells[0].ljust(widths[0]), *padded[1:]]).rstrip()
 
     return "\n".join(map(line, lines))
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown; the first column is flush left, the others right."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def csv_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Comma-separated values with a header; None is an empty field."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    return text.getvalue()
 
 
 def percent(share: float, digits: int = 1) -> str:

@@ -23,7 +23,7 @@ from .data import preprocess, read_image
 from .evaluate import spec_of
 from .flops import Trunk, count_flops
 from .models.spec import Preprocess
-from .reduction import Reducer, Tokens
+from .reduction import Layout, Reducer, Tokens
 
 Picture = str | os.PathLike[str] | Image.Image
 Colour = tuple[int, int, int]
@@ -114,6 +114,9 @@ class _Recorder(nn.Module):
 
     def needs(self, block: int) -> tuple[str, ...]:
         return self.reducer.needs(block)
+
+    def layout(self, tokens: Tokens) -> Layout | None:
+        return self.reducer.layout(tokens)
 
     def forward(self, block: int, tokens: Tokens, captured: Mapping[str, Tensor]) -> Tokens:
         after: Tokens = self.reducer(block, tokens, captured)
