@@ -13,7 +13,7 @@ CSRC := $(wildcard src/mambatrim/kernels/csrc/*)
 # threads that spin while they wait make everything slow beside another busy process
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test lint format venv kernels clean help
+.PHONY: demo test lint format sanitize venv kernels clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo "make test      the tests"
 	@echo "make lint      ruff and mypy"
 	@echo "make format    ruff, writing what it can mend"
+	@echo "make sanitize  the tests of the kernels, built with the address and undefined-behaviour sanitizers (gcc; minutes)"
 	@echo "make venv      only the set-up that all of these share: $(VENV), dependencies, kernels"
 	@echo "make kernels   compile the C++ kernels again where they changed"
 	@echo "make clean     remove the environment and everything that was built"
@@ -39,6 +40,17 @@ lint: venv
 format: venv
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# a copy of the package in build/, with a library of its own. Leaks are not looked for: Python and torch have theirs
+SANITIZED := build/sanitized
+CHECKS := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -O1 -g
+PRELOADED = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)
+
+sanitize: $(INSTALLED)
+	CXXFLAGS="$(CHECKS)" $(BIN)/python setup.py --quiet build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
+	@test -f $(SANITIZED)/lib/mambatrim/kernels/_kernels.so
+	LD_PRELOAD="$(PRELOADED)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED)/lib \
+		$(BIN)/python -m pytest -p no:cacheprovider tests/test_kernels.py tests/test_kernels_robust.py
 
 venv: $(INSTALLED) $(BUILT)
 

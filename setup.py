@@ -7,6 +7,7 @@ lost.
 
 After a change in csrc/:  python setup.py build_ext --inplace      (with --force everything is compiled again)
 Another compiler:         CXX=clang++ python setup.py build_ext --inplace
+Flags of your own:        CXXFLAGS="-fsanitize=address" python setup.py build --build-lib DIR   (as `make sanitize` does)
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "src/mambatrim/kernels/csrc"
-OBJECTS = ROOT / "build" / f"kernels-{sysconfig.get_platform()}"
+# flags of the caller's own have objects of their own, so that the usual ones need not be compiled again after them
+EXTRA_FLAGS = tuple(shlex.split(os.environ.get("CXXFLAGS", "")))
+OBJECTS = ROOT / "build" / f"kernels-{sysconfig.get_platform()}{'-own-flags' if EXTRA_FLAGS else ''}"
 LIBRARY = "mambatrim.kernels._kernels"
 
 COMPILERS = ("g++", "clang++", "c++")
@@ -124,20 +127,19 @@ def build_library(force: bool = False) -> Path:
             raise BuildFailure(f"the source {source.relative_to(ROOT)} is missing")
     compiler = find_compiler()
     openmp = openmp_flags(compiler)
-    extra = shlex.split(os.environ.get("CXXFLAGS", ""))
     # every other file in csrc may be included by any unit
     included = [path for path in sorted(CSRC.rglob("*")) if path.is_file() and path not in main_sources]
 
     def compile_unit(part: Unit) -> Path:
         output = OBJECTS / f"{part.name}.o"
-        command = [*compiler, *COMPILE_FLAGS, *openmp, *part.flags, *extra, "-c", str(part.source)]
+        command = [*compiler, *COMPILE_FLAGS, *openmp, *part.flags, *EXTRA_FLAGS, "-c", str(part.source)]
         run_unless_current(command, output, [part.source, *included], f"the kernels ({part.name})", force)
         return output
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_unit, parts))
     library = OBJECTS / "_kernels.so"
-    link = [*compiler, "-shared", *map(str, objects), *(flag for flag in openmp if flag == "-fopenmp")]
+    link = [*compiler, "-shared", *map(str, objects), *(flag for flag in openmp if flag == "-fopenmp"), *EXTRA_FLAGS]
     if not run_unless_current(link, library, objects, "the library", force):
         print("mambatrim: the kernels are up to date", flush=True)
     return library

@@ -1,21 +1,26 @@
-"""How fast the CPU kernels and models are, as ratios measured in one run.
+"""All figures of docs/benchmarks.md for a CPU, as ratios measured in one run, in tables of Markdown.
 
-    python benchmarks/cpu.py [--threads 2] [--repeats 7] [--json FILE] [--models vim_small ...]
+    python benchmarks/cpu.py [SECTION ...] [--seconds 6] [--threads 2] [--json FILE]
 
-1. The selective scan, one direction, forward: the kernel against the reference loop of `mambatrim.kernels.reference`,
-   against the same loop as research code has it (decays and inputs of all tokens in memory first), and against the
-   parallel scan of `mambapy` (where that is installed); and the kernel's backward pass against its forward.
-2. A model's forward pass against its lower bound: its matrix products alone, by the faster library that PyTorch ships
-   (beside `torch.nn.functional.linear`), plus the scan's arithmetic at the rate that the kernel reaches when all its
-   inputs lie in the cache. Both are measured here.
-3. The model with fewer tokens: measured speed-up against the ideal 1 / (1 - reduction).
+scan       one direction, forward: the kernel against other ways to run it; its backward pass against its forward.
+bound      a model's forward pass against its lower bound: its matrix products alone, by the faster library that PyTorch
+           ships, and the scan's arithmetic at the rate that the kernel reaches with its inputs in the cache.
+speedup    the model with fewer tokens: measured speed-up as a share of the ideal 1 / (1 - reduction).
+deit       the model with 40 % fewer FLOPs against a plain vision transformer of its size with fused attention.
+step       one reduction (score, sort, match, merge, reorder) as a share of the block before it.
+memory     what a forward adds at its peak, against what its largest operator, the scan, reads and writes.
+compile    the model under torch.compile(fullgraph=True) against the model as it is.
+
+A ratio that misses its target has a star. `mambatrim benchmark` measures any model of the zoo in the same way.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,97 +30,79 @@ from torch import Tensor
 
 import mambatrim
 from mambatrim import kernels
-from mambatrim.kernels import cpu, reference
-from mambatrim.report import describe_machine, machine, table
+from mambatrim.benchmark import DTYPES, Setting, forward_memory, measure, mebibytes
+from mambatrim.benchmark.rivals import rivals, scan_arguments
+from mambatrim.benchmark.timed import time_scans
+from mambatrim.kernels import cpu
+from mambatrim.report import describe_machine, machine
 from mambatrim.timing import time_functions
 
-SHAPES = ((8, 197, 768, 16), (1, 197, 384, 16), (8, 197, 1536, 16), (1, 4096, 768, 16))
+MOST = 1000  # rounds; the time ends them
+SCANS = ((8, 197, 768, 16), (1, 197, 384, 16), (8, 197, 1536, 16), (1, 4096, 768, 16))
+SIZES = ("vim_tiny", "vim_small", "vim_base")
 
 
-def scan_arguments(batch: int, length: int, channels: int, states: int) -> dict[str, Tensor]:
-    """One direction with full step sizes: softplus, D and gate included."""
-    return {
-        "u": torch.randn(batch, length, channels),
-        "dt": torch.randn(batch, length, channels),
-        "A": -torch.rand(channels, states) * 16,
-        "B": torch.randn(batch, length, states),
-        "C": torch.randn(batch, length, states),
-        "D": torch.randn(channels),
-        "z": torch.randn(batch, length, channels),
-        "dt_bias": torch.randn(channels) - 4,
-    }
+class Page:
+    """Prints tables of Markdown and keeps their rows."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds  # for the rounds of one row
+        self.tables: dict[str, list[dict[str, Any]]] = {}
+
+    def table(self, title: str, header: Sequence[str], rows: Any) -> None:
+        print(f"\n**{title}**\n\n| {' | '.join(header)} |\n|{'---|' * len(header)}", flush=True)
+        kept = self.tables[title] = []
+        for row in rows:
+            print(f"| {' | '.join(map(str, row))} |", flush=True)
+            kept.append(dict(zip(header, map(str, row), strict=True)))
+
+    def times(self, functions: dict[str, Callable[[], object]], **options: Any) -> dict[str, float]:
+        """Median milliseconds of each, called in turn."""
+        with torch.no_grad():
+            found = time_functions(functions, MOST, seconds=self.seconds, **options)
+        return {name: timing.median for name, timing in found.times.items()}
 
 
-def mambapy_scan(
-    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, dt_bias: Tensor
-) -> Tensor:
-    """The same by mambapy's parallel scan, composed as in its Mamba block."""
-    from mambapy.pscan import pscan
-
-    dt = F.softplus(dt + dt_bias)
-    decay = torch.exp(dt[..., None] * A)  # (B, L, E, N)
-    inputs = dt[..., None] * B[:, :, None, :] * u[..., None]
-    states = pscan(decay, inputs)
-    y = (states @ C[..., None]).squeeze(3) + D * u
-    return y * F.silu(z)
+def ratio(value: float, target: float, least: bool = False) -> str:
+    """With a star where it misses: more than the target, or less than it where that is the least."""
+    return f"{value:.2f}{' *' if (value < target if least else value > target) else ''}"
 
 
-def materialised_scan(
-    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, dt_bias: Tensor
-) -> Tensor:
-    """The loop as research code has it: decays and inputs of all tokens in memory first, channels before tokens."""
-    u, dt, B, C, z = (x.transpose(1, 2) for x in (u, dt, B, C, z))
-    dt = F.softplus(dt + dt_bias[:, None])
-    decay = torch.exp(torch.einsum("bel,en->beln", dt, A))
-    inputs = torch.einsum("bel,bnl,bel->beln", dt, B, u)
-    state, outputs = torch.zeros_like(inputs[:, :, 0]), []
-    for t in range(u.shape[2]):
-        state = decay[:, :, t] * state + inputs[:, :, t]
-        outputs.append(torch.einsum("ben,bn->be", state, C[:, :, t]))
-    return ((torch.stack(outputs, dim=2) + u * D[:, None]) * F.silu(z)).transpose(1, 2)
+# ---------------------------------------------------------------------------------------------------------------- scan
 
 
-def scan_figures(shape: tuple[int, int, int, int], repeats: int) -> dict[str, float]:
-    arguments = scan_arguments(*shape)
-    leaves = {name: tensor.clone().requires_grad_() for name, tensor in arguments.items()}
-    output = kernels.selective_scan(**leaves)[0]
-    grad = torch.randn_like(output)
-    calls = 10  # of the fast ones in a row: the slow ones have emptied the caches before
+def scan(page: Page) -> None:
+    def rows() -> Any:
+        for shape in SCANS:
+            arguments = scan_arguments(*shape)
+            leaves = {name: tensor.clone().requires_grad_() for name, tensor in arguments.items()}
+            output = kernels.selective_scan(**leaves)[0]
+            grad = torch.randn_like(output)
+            inputs = list(leaves.values())
+            forward = torch.no_grad()(partial(kernels.selective_scan, **arguments))
+            backward = torch.enable_grad()(partial(torch.autograd.grad, output, inputs, grad, retain_graph=True))
+            both = page.times({"forward": forward, "backward": backward})
+            with torch.no_grad():
+                found = time_scans(arguments, MOST, page.seconds)
+            kernel = found["scan: kernel"].median
+            others = {name.removeprefix("scan: "): timing.median / kernel for name, timing in found.items()}
+            names = ("reference loop", "materialised loop", "mambapy")
+            cells = [f"{others[name]:.0f}x" if name in others else "-" for name in names]
+            yield shape, f"{kernel:.2f} ms", *cells, f"{both['backward'] / both['forward']:.1f}x"
 
-    def forward() -> Tensor:
-        outputs = [kernels.selective_scan(**arguments)[0] for _ in range(calls)]
-        return outputs[-1]
-
-    def backward() -> None:
-        for _ in range(calls):
-            torch.autograd.grad(output, list(leaves.values()), grad, retain_graph=True)
-
-    fast = {"kernel": torch.no_grad()(forward), "backward": backward}
-    slow = {
-        "loop": torch.no_grad()(lambda: reference.selective_scan(**arguments)[0]),
-        "materialised": torch.no_grad()(lambda: materialised_scan(**arguments)),
-    }
-    try:
-        import mambapy.pscan  # noqa: F401
-    except ImportError:
-        print("mambapy is not installed: no comparison with it", file=sys.stderr)
-    else:
-        slow["mambapy"] = torch.no_grad()(lambda: mambapy_scan(**arguments))
-    expected = fast["kernel"]()
-    for name, function in slow.items():
-        if (expected - function()).abs().max() > 1e-3 * expected.abs().max():
-            raise SystemExit(f"{name} computes something else than the kernel")
-    # memory as it comes: who runs the others pays for their large temporaries too
-    times = time_functions({**fast, **slow}, repeats, keep_memory=False).times
-    return {name: timing.median / (calls if name in fast else 1) for name, timing in times.items()}
+    header = ("shape", "kernel", "reference loop", "materialised loop", "mambapy", "backward/forward")
+    page.table("selective scan, one direction, (B, L, E, N), fp32", header, rows())
 
 
-def scan_limit(states: int, rank: int, repeats: int) -> float:
-    """Milliseconds of one direction per (token, channel) when the inputs lie in the cache: the best of some small
-    shapes."""
+# --------------------------------------------------------------------------------------------------------------- bound
+
+
+@cache
+def scan_limit(states: int, rank: int) -> float:
+    """Milliseconds of one direction per (token, channel) when the inputs lie in the cache: the best of small shapes."""
     functions, work = {}, {}
     for length, channels in ((64, 32), (64, 64), (128, 64), (128, 128)):
-        batch = 2**20 // (length * channels)
+        batch = 2**19 // (length * channels)
 
         def same(*shape: int, batch: int = batch) -> Tensor:  # every image of the batch is the same memory
             return torch.randn(1, *shape).expand(batch, *shape)
@@ -125,23 +112,21 @@ def scan_limit(states: int, rank: int, repeats: int) -> float:
             *(torch.randn(channels), torch.randn(channels) - 4, torch.randn(channels, rank)),
         )
         u, z = same(length, channels)[None], same(length, channels)
-        name = f"{length} {channels}"
-        functions[name] = lambda u=u, direction=direction, z=z: kernels.scan(u, [direction], z)
-        work[name] = batch * length * channels
+        functions[f"{length} {channels}"] = partial(kernels.scan, u, [direction], z)
+        work[f"{length} {channels}"] = batch * length * channels
     with torch.no_grad():
-        times = time_functions(functions, 3 * repeats).times
+        times = time_functions(functions, 15).times
     return min(times[name].fastest / work[name] for name in times)
 
 
-def model_figures(name: str, batch: int, dtype: torch.dtype, repeats: int) -> dict[str, float]:
-    model = mambatrim.create_model(name, dtype=dtype)
-    images = torch.randn(batch, 3, *model.spec.preprocess.size)
+def products(model: Any, batch: int, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+    """The matrix products of a forward pass alone, by each library."""
     length, mixers = model.num_patches() + 1, [layer.mixer for layer in model.blocks()]
     tokens = torch.randn(batch * length, model.d_model, dtype=dtype)
     inner = torch.randn(batch * length, model.d_inner, dtype=dtype)
     patches = torch.randn(batch * (length - 1), model.patch_embed.proj.weight[0].numel(), dtype=dtype)
 
-    def products(linear: Any) -> None:
+    def run(linear: Any) -> None:
         linear(patches, model.patch_embed.proj.weight.flatten(1))
         for mixer in mixers:
             linear(tokens, mixer.in_proj.weight)
@@ -149,62 +134,193 @@ def model_figures(name: str, batch: int, dtype: torch.dtype, repeats: int) -> di
             linear(inner, mixer.x_proj_b.weight)
             linear(inner, mixer.out_proj.weight)
 
-    reduced = {share: mambatrim.reduce(model, flops_reduction=share) for share in (0.2, 0.3, 0.4)}
-    functions: dict[str, Any] = {
-        "dense": lambda: model(images),
-        "products": lambda: products(kernels.linear),
-        "products by torch": lambda: products(F.linear),
-    }
-    functions |= {f"-{share:.0%}": lambda fast=fast: fast(images) for share, fast in reduced.items()}
-    with torch.no_grad():
-        found = time_functions(functions, repeats).times
-    scan = 2 * len(mixers) * scan_limit(mixers[0].d_state, mixers[0].dt_rank, repeats)
-    times = {key: timing.median for key, timing in found.items()}
-    times["scan limit"] = scan * batch * length * model.d_inner
-    times["bound"] = times["products"] + times["scan limit"]
-    for share, fast in reduced.items():
-        ideal = 1 / mambatrim.count_flops(fast).ratio
-        times[f"realised -{share:.0%}"] = times["dense"] / times[f"-{share:.0%}"] / ideal
-    return times
+    return {"F.linear": partial(run, F.linear), "kernels.linear": partial(run, kernels.linear)}
+
+
+def bound(page: Page) -> None:
+    def rows() -> Any:
+        for name in SIZES:
+            for dtype, limit in (
+                ("fp32", 1.25 if name == "vim_tiny" else 1.15),
+                ("bf16", 1.4 if name == "vim_tiny" else 1.3),
+            ):
+                model: Any = mambatrim.create_model(name, dtype=DTYPES[dtype])
+                mixer = model.blocks()[0].mixer
+                for batch in (1, 8):
+                    images = torch.randn(batch, 3, *model.spec.preprocess.size)
+                    runs = {"dense": partial(model, images), **products(model, batch, DTYPES[dtype])}
+                    ms = page.times(runs)
+                    best = min(ms["F.linear"], ms["kernels.linear"])
+                    work = 2 * model.depth * batch * (model.num_patches() + 1) * model.d_inner
+                    arithmetic = scan_limit(mixer.d_state, mixer.dt_rank) * work
+                    target = limit + (0.1 if batch == 1 else 0)
+                    found = ratio(ms["dense"] / (best + arithmetic), target)
+                    cells = [
+                        f"{value:.1f}" for value in (ms["dense"], ms["F.linear"], ms["kernels.linear"], arithmetic)
+                    ]
+                    yield name, dtype, batch, *cells, found, f"{target:.2f}"
+
+    header = (
+        "model",
+        "dtype",
+        "batch",
+        "forward, ms",
+        "F.linear",
+        "kernels.linear",
+        "scan limit",
+        "forward/bound",
+        "at most",
+    )
+    page.table("forward pass against its lower bound", header, rows())
+
+
+# ---------------------------------------------------------------------------------------- fewer tokens, transformers
+
+
+def speedup(page: Page) -> None:
+    def rows() -> Any:
+        for name in SIZES:
+            for batch in (1, 8, 32):
+                setting = Setting(name, batch)
+                found = measure(setting, against=False, repeats=MOST, seconds=page.seconds).found
+                target = 0.9 if batch == 1 else 0.95
+                shares = [ratio(one.realised or 0, target, least=True) for one in found[1:]]
+                yield name, batch, f"{found[0].timing.median:.2f}", *shares, f"{target:.2f}"
+
+    header = ("model", "batch", "dense, ms/image", "-20 %", "-30 %", "-40 %", "at least")
+    page.table("realised share of the ideal speed-up, MTR, fp32", header, rows())
+
+
+def deit(page: Page) -> None:
+    targets = {("vim_tiny", 8): 0.9, ("vim_small", 1): 0.9, ("vim_small", 8): 0.75, ("vim_small", 32): 0.75}
+
+    def rows() -> Any:
+        for (name, batch), target in targets.items():
+            model = mambatrim.create_model(name)
+            images = torch.randn(batch, 3, 224, 224)
+            other = rivals(model, None, torch.float32, torch.device("cpu"))[0]
+            fast = mambatrim.reduce(model, flops_reduction=0.4)
+            runs = {"dense": partial(model, images), "fast": partial(fast, images), "deit": partial(other.run, images)}
+            ms = {key: value / batch for key, value in page.times(runs).items()}
+            cells = [f"{ms[key]:.2f}" for key in ("dense", "fast", "deit")]
+            shares = (f"{ms['dense'] / ms['deit']:.2f}", ratio(ms["fast"] / ms["deit"], target))
+            yield name, other.name, batch, *cells, *shares, f"{target:.2f}"
+
+    header = ("model", "against", "batch", "dense, ms/image", "-40 %", "DeiT", "dense/DeiT", "-40 %/DeiT", "at most")
+    page.table("against a plain vision transformer, fp32", header, rows())
+
+
+# ------------------------------------------------------------------------------------------------------- reduction step
+
+
+def step(page: Page) -> None:
+    def rows() -> Any:
+        for name in SIZES:
+            for side, target in ((224, 0.06), (1024, 0.12)):
+                model: Any = mambatrim.create_model(name, image_size=side)
+                fast: Any = mambatrim.reduce(model, flops_reduction=0.4)
+                at = next(block for block, removed in enumerate(fast.reducer.schedule.removed) if removed)
+                for batch in (1, 8) if (name, side) != ("vim_base", 1024) else (1,):
+                    with torch.no_grad():
+                        tokens, layer = model.embed(torch.randn(batch, 3, side, side)), model.blocks()[at]
+                        wanted = fast.reducer.needs(at)
+                        x, captured = layer(tokens.x, wanted)
+                        after = tokens.with_x(x)
+                        runs = {
+                            "block": partial(layer, tokens.x),
+                            "step": partial(fast.reducer, at, after, captured),
+                        }
+                        ms = page.times(runs)
+                    share = ms["step"] / ms["block"]
+                    missed = " *" if share > target else ""
+                    cells = (f"{ms['block']:.2f}", f"{ms['step']:.2f}", f"{100 * share:.1f} %{missed}")
+                    yield name, model.num_patches() + 1, batch, *cells, f"{100 * target:.0f} %"
+
+    header = ("model", "tokens", "batch", "block, ms", "reduction step", "share", "at most")
+    page.table("one reduction step against one block, MTR, fp32", header, rows())
+
+
+# -------------------------------------------------------------------------------------------------------------- memory
+
+
+def memory(page: Page) -> None:
+    def rows() -> Any:
+        for name, batch in (
+            ("vim_small", 8),
+            ("vim_small", 32),
+            ("videomamba_tiny_f64", 1),
+            ("videomamba_small_f64", 1),
+        ):
+            model: Any = mambatrim.create_model(name)
+            images = torch.randn(batch, 3, *model.sides())
+            mixer, tokens = model.blocks()[0].mixer, batch * (model.num_patches() + 1)
+            # both u, the gate and y, and dt, B and C of both directions
+            scan_size = 4 * tokens * (4 * mixer.d_inner + 2 * (mixer.dt_rank + 2 * mixer.d_state))
+            fast = mambatrim.reduce(model, flops_reduction=0.4)
+            for label, each in (("dense", model), ("-40 %", fast)):
+                with torch.no_grad():
+                    peak = forward_memory(partial(each, images))
+                share = "-" if peak is None else ratio(peak / scan_size, 1.5)
+                yield name, label, batch, tokens // batch, mebibytes(peak), mebibytes(scan_size), share, "1.50"
+
+    header = ("model", "", "batch", "tokens", "peak of a forward", "scan's inputs and outputs", "peak/scan", "at most")
+    page.table("memory of a forward pass beyond weights and images, fp32", header, rows())
+
+
+# ------------------------------------------------------------------------------------------------------- torch.compile
+
+
+def compile_(page: Page) -> None:
+    def rows() -> Any:
+        model = mambatrim.create_model("vim_tiny")
+        for label, each in (("dense", model), ("-40 %", mambatrim.reduce(model, flops_reduction=0.4))):
+            for batch in (1, 8):
+                torch._dynamo.reset()
+                images, compiled = torch.randn(batch, 3, 224, 224), torch.compile(each, fullgraph=True)
+                start = time.perf_counter()
+                with torch.no_grad():
+                    compiled(images)
+                took = time.perf_counter() - start
+                ms = page.times({"eager": partial(each, images), "compiled": partial(compiled, images)})
+                shares = (f"{ms['eager']:.1f}", ratio(ms["compiled"] / ms["eager"], 1.0))
+                yield "vim_tiny", label, batch, f"{took:.0f}", *shares, "1.00"
+
+    header = ("model", "", "batch", "to compile, s", "eager, ms", "compiled/eager", "at most")
+    page.table("torch.compile(fullgraph=True) against eager, fp32", header, rows())
+
+
+SECTIONS = {
+    "scan": scan,
+    "bound": bound,
+    "speedup": speedup,
+    "deit": deit,
+    "step": step,
+    "memory": memory,
+    "compile": compile_,
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="ratios of the CPU kernels and models, in one run")
+    parser = argparse.ArgumentParser(description="figures of docs/benchmarks.md, as ratios measured in one run")
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)} (all)")
+    parser.add_argument("--seconds", type=float, default=6, help="for the rounds of one row, about (%(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--models", nargs="*", default=["vim_tiny", "vim_small"])
-    parser.add_argument("--batches", nargs="*", type=int, default=[1, 8])
-    parser.add_argument("--bf16", action="store_true", help="bf16 matrix products too")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--json", type=Path, help="write the tables to this file")
     options = parser.parse_args()
+    unknown = [name for name in options.sections if name not in SECTIONS]
+    if unknown:
+        parser.error(f"unknown section {unknown[0]!r}; known: {', '.join(SECTIONS)}")
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     print(describe_machine())
     if cpu.missing():
         raise SystemExit(cpu.missing())
-    results: dict[str, Any] = {"machine": machine(), "scan": {}, "models": {}}
-    rows = []
-    for shape in SHAPES:
-        ms = results["scan"][str(shape)] = scan_figures(shape, options.repeats)
-        names = ("loop", "materialised", "mambapy")
-        others = [f"{ms[other] / ms['kernel']:.0f}x" if other in ms else "-" for other in names]
-        rows.append([str(shape), f"{ms['kernel']:.2f} ms", *others, f"{ms['backward'] / ms['kernel']:.1f}x"])
-    print("\nselective scan, one direction, (B, L, E, N), fp32")
-    print(table(("shape", "kernel", "reference loop", "materialised loop", "mambapy", "backward/forward"), rows))
-    rows = []
-    for name in options.models:
-        for batch in options.batches:
-            for dtype in (torch.float32, torch.bfloat16)[: 2 if options.bf16 else 1]:
-                label = f"{name} {str(dtype).removeprefix('torch.')} batch {batch}"
-                ms = results["models"][label] = model_figures(name, batch, dtype, options.repeats)
-                split = [f"{ms[key]:.1f}" for key in ("dense", "products by torch", "products", "scan limit")]
-                realised = [f"{ms[f'realised -{share}']:.2f}" for share in ("20%", "30%", "40%")]
-                rows.append([label, *split, f"{ms['dense'] / ms['bound']:.2f}", *realised])
-    print("\nforward pass in ms, against its bound; and speed-up with fewer tokens as a share of the ideal one")
-    header = ("model", "dense", "F.linear", "products", "scan limit", "dense/bound", "-20 %", "-30 %", "-40 %")
-    print(table(header, rows))
+    start, page = time.perf_counter(), Page(options.seconds)
+    for name in options.sections or SECTIONS:
+        SECTIONS[name](page)
+    print(f"\n{time.perf_counter() - start:.0f} seconds")
     if options.json:
-        options.json.write_text(json.dumps(results, indent=2))
+        options.json.write_text(json.dumps({"machine": machine(), "tables": page.tables}, indent=2))
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def test_official_vim_equals_our_own_dense_and_reduced(seed):
     x = images()
     dense = theirs(x)
     close(dense, ours(x))
-    expected = mambatrim.reduce(ours, schedule=STEPS)(x)
+    expected = mambatrim.reduce(ours, schedule=STEPS, method="mtr")(x)
     with mambatrim.attach(theirs, schedule=STEPS, adapter=OFFICIAL_VIM):
         reduced = theirs(x)
         assert torch.equal(theirs(x), reduced)
@@ -172,14 +172,14 @@ def test_videomamba_and_mamba_reg():
     theirs = OfficialVim(divide=False, place="first").eval()
     theirs.load_state_dict(ours.state_dict(), strict=True)
     with mambatrim.attach(theirs, schedule=STEPS, adapter=adapters.OFFICIAL_VIDEOMAMBA):
-        close(theirs(images()), mambatrim.reduce(ours, schedule=STEPS)(images()))
+        close(theirs(images()), mambatrim.reduce(ours, schedule=STEPS, method="mtr")(images()))
 
     reg = MambaReg(MambaRegConfig(**sizes, registers=3)).eval()
     blocks = nn.ModuleList(TwoStreamBlock(Mamba(32, 4, bimamba_type="v2", if_divide_out=True), 32) for _ in range(6))
     blocks.load_state_dict(reg.layers.state_dict(), strict=True)
     trunk = nn.Module()
     trunk.layers, trunk.cls_positions = blocks, torch.tensor(reg.special_tokens())
-    expected = mambatrim.reduce(reg, schedule=STEPS).forward_features(images())
+    expected = mambatrim.reduce(reg, schedule=STEPS, method="mtr").forward_features(images())
     with mambatrim.attach(trunk, schedule=STEPS, adapter=adapters.OFFICIAL_MAMBA_REG):
         hidden, residual = reg.embed(images()).x, None
         for block in blocks:
@@ -397,7 +397,7 @@ def test_gradients_and_a_forward_that_fails_half_way():
             theirs(x)
         stop.remove()
         theirs(x).sum().backward()
-    mambatrim.reduce(ours, schedule=STEPS)(x).sum().backward()
+    mambatrim.reduce(ours, schedule=STEPS, method="mtr")(x).sum().backward()
     close(theirs.layers[0].mixer.in_proj.weight.grad, ours.layers[0].mixer.in_proj.weight.grad, 1e-4)
 
 

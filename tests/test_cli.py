@@ -221,6 +221,8 @@ def test_info_of_nothing_ends_with_2(capsys: Capture) -> None:
 
 # demo
 
+DEMO_ROWS = [f"{method} -{saving}%" for method in ("mtr", "vsm") for saving in (20, 30, 40)]
+
 
 def test_demo_prints_a_table_and_writes_a_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
@@ -229,8 +231,8 @@ def test_demo_prints_a_table_and_writes_a_picture(
     out = tmp_path / "tokens.png"
     assert main(["demo", "--limit", "20", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
-    rows = [line.split()[0:3] for line in printed.splitlines() if line.startswith(("dense", "-20", "-30", "-40"))]
-    assert [row[0] for row in rows] == ["dense", "-20", "-30", "-40"]
+    rows = [line.partition("  ")[0] for line in printed.splitlines() if line.startswith(("dense", "mtr", "vsm"))]
+    assert rows == ["dense", *DEMO_ROWS]
     assert "on 20 CIFAR-10 test images" in printed and str(out) in printed
     with Image.open(out) as picture:
         assert picture.width > 800 and picture.height > 800
@@ -240,10 +242,10 @@ def test_demo_in_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: C
     monkeypatch.setattr(demo, "REPEATS", 1)
     assert main(["demo", "--limit", "10", "--json", "--out", str(tmp_path / "tokens.jpg")]) == 0
     content = json.loads(capsys.readouterr().out)
-    assert [entry["name"] for entry in content["results"]] == ["dense", "-20 %", "-30 %", "-40 %"]
+    assert [entry["name"] for entry in content["results"]] == ["dense", *DEMO_ROWS]
     dense, *reduced = content["results"]
     assert (dense["figures"]["images"], dense["figures"]["agreement"]) == (10, 1.0)
-    for entry, saving in zip(reduced, (0.2, 0.3, 0.4), strict=True):
+    for entry, saving in zip(reduced, 2 * (0.2, 0.3, 0.4), strict=True):
         assert 1 - entry["flops"]["both"] / dense["flops"]["both"] == pytest.approx(saving, abs=0.005)
         assert entry["figures"]["ms_per_image"] > 0
 

@@ -6,7 +6,9 @@ from .apply import reduce
 from .convert import convert
 from .data import load_images
 from .evaluate import evaluate
+from .features import features
 from .flops import count_flops, solve
+from .hub import from_pretrained, save_pretrained
 from .methods import list_methods
 from .models import create_model, list_models
 from .reduction import Method, Reducer, Schedule
@@ -22,11 +24,14 @@ __all__ = [
     "count_flops",
     "create_model",
     "evaluate",
+    "features",
+    "from_pretrained",
     "list_methods",
     "list_models",
     "load_images",
     "methods",
     "reduce",
+    "save_pretrained",
     "solve",
     "visualize",
 ]

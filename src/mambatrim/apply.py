@@ -6,8 +6,8 @@ from typing import TypeVar, cast
 from torch import nn
 
 from . import methods
-from .flops import ImageSize, Trunk, solve
-from .reduction import Method, Reducer, Schedule
+from .flops import ImageSize, Pyramid, Trunk, sections, solve
+from .reduction import AS_IT_STANDS, SIGNALS, Method, Reducer, Schedule, Section
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -16,7 +16,7 @@ def reduce(
     model: Model,
     flops_reduction: float | None = None,
     schedule: Schedule | None = None,
-    method: str | Method = "mtr",
+    method: str | Method | None = None,
     image_size: ImageSize = None,
 ) -> Model:
     """Return a copy of the model that removes tokens; the model itself stays as it is.
@@ -27,32 +27,58 @@ def reduce(
     Args:
         model: a model of the zoo.
         flops_reduction: share of the FLOPs to save, from 0 up to below 0.9, in the default stages; or
-        schedule: after which block how many patches go. Exactly one of the two.
-        method: a name of `methods.METHODS`, or a Method with options, such as `methods.mtr(feature="update")`.
+        schedule: after which block how many patches go. Exactly one of the two. In a pyramid blocks are counted over
+            all stages that have scans, patches are those of a stage (of each of its windows, where there are some), and
+            behind a stage all places have a token again.
+        method: a name of `methods.METHODS`, or a Method with options, such as `methods.mtr(feature="update")`. By
+            default "vsm" where the model's blocks can keep the clock of the recurrence running (Vim, VideoMamba,
+            Mamba-Reg), which loses least (docs/beyond.md), and "mtr" elsewhere.
         image_size: input size that the saving is meant for; the model's own by default.
     """
-    why = getattr(model, "why_dense", None)
-    if why is not None:
-        raise ValueError(f"tokens cannot be removed from {type(model).__name__}: {why}")
     if not isinstance(getattr(model, "reducer", None), Reducer) or hasattr(model, "_orig_mod"):
         raise ValueError(
             f"reduce takes a model with a reducer, before torch.compile; {type(model).__name__} has none to replace"
         )
     if (flops_reduction is None) == (schedule is None):
         raise ValueError("give exactly one of flops_reduction and schedule")
+    takes_layout = getattr(model, "takes_layout", False)
+    if method is None:
+        method = "vsm" if takes_layout else "mtr"
     chosen = methods.get(method) if isinstance(method, str) else method
     if not isinstance(chosen, Method):
         raise ValueError(f"method must be a name or a Method, got {chosen!r}; a factory has to be called first")
-    trunk = cast(Trunk, model)
+    if chosen.sequence is not AS_IT_STANDS and not takes_layout:
+        raise ValueError(
+            f"the blocks of {type(model).__name__} take a reduced sequence only as it stands, and method "
+            f"{chosen.name!r} wants {chosen.sequence.name!r}; choose another method, or sequence=AS_IT_STANDS"
+        )
+    trunk = cast(Trunk | Pyramid, model)
     if flops_reduction is not None:
         schedule = solve(trunk, flops_reduction, image_size=image_size, method=chosen)
-    if not isinstance(schedule, Schedule) or schedule.depth != trunk.depth:
-        raise ValueError(f"schedule must be a Schedule for the {trunk.depth} blocks of the model, got {schedule!r}")
-    special = trunk.special_tokens(image_size)
-    tokens = trunk.num_patches(image_size) + len(special)
-    reducer = Reducer(chosen, schedule, special, tokens)
-    reducer.lengths(tokens)  # says now, not in the forward, where a step removes too many
+    parts = sections(trunk, image_size)
+    depth = sum(part.depth for part in parts)
+    if not isinstance(schedule, Schedule) or schedule.depth != depth:
+        raise ValueError(f"schedule must be a Schedule for the {depth} blocks of the model, got {schedule!r}")
+    reducer = _reducer(chosen, schedule, parts, trunk.special_tokens(image_size))
     return with_reducer(model, reducer.train(model.training))
+
+
+def _reducer(method: Method, schedule: Schedule, parts: tuple[Section, ...], special: tuple[int, ...]) -> Reducer:
+    """The reducer; says now, not in the forward, where a step cannot be done."""
+    first = 0
+    of_a_scan = [name for name in method.needs if SIGNALS.get(name) == 2]
+    for part in parts:
+        tokens = part.patches + part.special
+        Reducer(method, schedule.only(first, part.depth), special, tokens).lengths(tokens)
+        asked = [first + block for block in part.without_scan if of_a_scan and schedule.at(first + block)]
+        if asked:
+            raise ValueError(
+                f"tokens cannot go after block {asked[0]} with method {method.name!r}: it needs {of_a_scan[0]!r} of a "
+                "scan, and the block has attention"
+            )
+        first += part.depth
+    # a class token stands elsewhere in sequences of another length; pyramids have none
+    return Reducer(method, schedule, special, tokens if len(parts) == 1 else None)
 
 
 def with_reducer(model: Model, reducer: nn.Module) -> Model:

@@ -9,31 +9,29 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from . import __version__
+from . import __version__, benchmark, info, methods
 from .apply import reduce
-from .data import preprocess, read_image
+from .calibrate import Calibration, calibrate, read_schedule
+from .compare import Entrant, Entry, compare, in_stages
+from .data import load_images, load_input
 from .demo import MODEL, demo
-from .evaluate import spec_of
-from .flops import Trunk, count_flops
+from .evaluate import spec_of, spread
+from .hub import from_pretrained, save_pretrained
 from .kernels import cpu
 from .models import BUNDLED, MODELS, Model, create_model
-from .models.grid import GridModel
 from .names import lookup
+from .opening import model_label, open_model
+from .prepared import Unlabelled, open_data
 from .report import describe_machine, giga, percent, report, result, table, to_json
 
 # images that are classified at a time
 BATCH = 50
-CONVENTIONS = {
-    "both": "both scan directions, which is what runs",
-    "paper": "one direction, as R-MeeTo and DyVM count",
-    "projections": "without the scan, as tracers count",
-}
 
 OK, SOME_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -90,14 +88,21 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--limit", type=_at_least_one, metavar="N", help="use only N of the images")
     _add_json(demo)
 
-    classify = _command(commands, "classify", _classify, "say what is in images")
-    classify.add_argument("images", nargs="+", metavar="IMAGE")
-    classify.add_argument("--model", default=MODEL, metavar="NAME", help="as in mambatrim info (%(default)s)")
+    classify = _command(commands, "classify", _classify, "say what is in images, or in videos")
+    classify.add_argument(
+        "images", nargs="+", metavar="IMAGE", help="a file; for a video model a folder of frames or an animated GIF"
+    )
+    classify.add_argument(
+        "--model",
+        default=MODEL,
+        metavar="NAME",
+        help="as in mambatrim info, or the folder of a saved model (%(default)s)",
+    )
     classify.add_argument(
         "--weights", metavar="FILE", help="a checkpoint file or Hub id (those in the package, if any)"
     )
     _add_reduction(classify)
-    classify.add_argument("--method", default="mtr", help="what chooses the tokens (%(default)s)")
+    classify.add_argument("--method", help="what chooses the tokens (vsm, or mtr where the model has no place for it)")
     classify.add_argument("--top", type=_at_least_one, default=5, metavar="N", help="classes to print (%(default)s)")
     _add_json(classify)
 
@@ -106,7 +111,76 @@ def _parser() -> argparse.ArgumentParser:
     _add_reduction(info)
     info.add_argument("--image-size", type=_at_least_one, metavar="N", help="side of the input (the model's own)")
     _add_json(info)
+    _add_benchmark(commands)
+    _add_compare(commands)
     return parser
+
+
+def _add_benchmark(commands: Any) -> None:
+    bench = _command(
+        commands, "benchmark", _benchmark, "time models with all tokens, with fewer, and what others would use"
+    )
+    bench.add_argument("models", nargs="*", default=["vim_small"], metavar="MODEL", help="of the zoo (vim_small)")
+    many: Any = {"nargs": "+", "metavar": "N", "type": _at_least_one}
+    bench.add_argument("--batch", **many, default=[8], help="images at a time (8)")
+    dtypes = list(benchmark.DTYPES)
+    bench.add_argument("--dtype", nargs="+", default=["fp32"], choices=dtypes, help="of the matrix products (fp32)")
+    bench.add_argument("--image-size", type=_at_least_one, metavar="N", help="side of the input (the model's own)")
+    bench.add_argument(
+        "--flops-reduction",
+        nargs="*",
+        type=_share,
+        default=[0.2, 0.3, 0.4],
+        metavar="SHARE",
+        help="shares of the FLOPs to save (0.2 0.3 0.4)",
+    )
+    bench.add_argument("--method", nargs="+", default=["mtr"], help="what chooses the tokens (mtr)")
+    bench.add_argument("--alone", action="store_true", help="without transformers and other scans to compare with")
+    bench.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
+    bench.add_argument("--threads", type=_at_least_one, metavar="N", help="threads of PyTorch (one per core)")
+    bench.add_argument("--repeats", type=_at_least_one, default=11, metavar="N", help="rounds, at most (%(default)s)")
+    bench.add_argument(
+        "--seconds", type=float, default=30, metavar="S", help="time for the rounds of one table, about (%(default)s)"
+    )
+    bench.add_argument("--json", type=Path, metavar="FILE", help="write a report in JSON to this file")
+    bench.add_argument("--plot", type=Path, metavar="FILE", help="write a picture to this file")
+
+
+def _add_compare(commands: Any) -> None:
+    compare = _command(commands, "compare", _compare, "accuracy, FLOPs and time of models, methods and savings")
+    compare.add_argument("data", metavar="DATA", help="a parquet or zip file, or a folder; with or without classes")
+    compare.add_argument(
+        "--model",
+        nargs="+",
+        default=[MODEL],
+        metavar="MODEL",
+        help="name with weights in the package, NAME=FILE with a checkpoint, or folder of a saved model (%(default)s)",
+    )
+    compare.add_argument(
+        "--method", nargs="+", default=list(methods.METHODS), metavar="NAME", help="what to compare (all)"
+    )
+    compare.add_argument(
+        "--flops-reduction",
+        nargs="+",
+        type=_share,
+        default=[0.2, 0.3, 0.4, 0.5],
+        metavar="SHARE",
+        help="shares of the FLOPs to save (0.2 0.3 0.4 0.5)",
+    )
+    compare.add_argument(
+        "--stages", nargs="+", type=int, metavar="BLOCK", help="patches go after these blocks, from 0 (three blocks)"
+    )
+    compare.add_argument("--reference", default="mtr", metavar="NAME", help="what others are compared with (mtr)")
+    compare.add_argument(
+        "--also-dense", nargs="+", default=[], metavar="MODEL", help="smaller models to stand beside, as --model"
+    )
+    compare.add_argument("--no-labels", action="store_true", help="agreement with the dense model, not accuracy")
+    compare.add_argument("--no-timing", action="store_true", help="measure no times")
+    compare.add_argument("--no-run", action="store_true", help="tables of the cells that are there; run nothing")
+    compare.add_argument("--limit", type=_at_least_one, metavar="N", help="use only N of the images, evenly spread")
+    compare.add_argument(
+        "--out", type=Path, default=Path("comparison"), metavar="FOLDER", help="cells and tables (%(default)s)"
+    )
 
 
 def _command(commands: Any, name: str, run: Any, text: str, computes: bool = True) -> argparse.ArgumentParser:
@@ -159,7 +233,7 @@ def _demo(options: argparse.Namespace) -> int:
     dense, *_, fewest = found.report["results"]
     figures = dense["figures"]
     error = 100 * math.sqrt(figures["top1"] * (1 - figures["top1"]) / figures["images"])
-    print(f"{dense['model']} with {fewest['method']}, on {figures['images']:,} CIFAR-10 test images")
+    print(f"{dense['model']} on {figures['images']:,} CIFAR-10 test images")
     print(describe_machine())
     if cpu.missing():
         print(cpu.missing())
@@ -199,6 +273,10 @@ def _check_output(path: Path) -> None:
     Image.init()
     if path.suffix.lower() not in Image.registered_extensions():
         raise ValueError(f"{path} must end as a picture does, for example in .png")
+    _check_folder(path)
+
+
+def _check_folder(path: Path) -> None:
     if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise ValueError(f"{path} cannot be written: {path.parent} is no folder that one may write to")
 
@@ -207,21 +285,21 @@ def _check_output(path: Path) -> None:
 
 
 def _classify(options: argparse.Namespace) -> int:
-    model = create_model(options.model, weights=options.weights or _own_weights(options.model))
-    model = reduce(model, flops_reduction=options.flops_reduction, method=options.method)
+    model = _chosen_model(options)
     spec = spec_of(model)
     inputs: dict[int, Tensor] = {}
     failed = []
     for index, path in enumerate(options.images):
         try:
-            inputs[index] = preprocess(read_image(path), spec.preprocess)
+            inputs[index] = load_input(path, spec)
         except ValueError as error:
             _complain(error)
             failed.append({"path": path, "reason": str(error)})
     if not inputs:
         return BAD_INPUT
     answers = []
-    for part in torch.stack(list(inputs.values())).split(BATCH):  # (B, 3, H, W)
+    frames = math.prod(model.sides()[:-2])
+    for part in torch.stack(list(inputs.values())).split(max(1, BATCH // frames)):  # (B, 3, H, W) or (B, 3, T, H, W)
         answers += _ranked(model, part, options.top)
     paths = [options.images[index] for index in inputs]
     if options.json:
@@ -237,6 +315,21 @@ def _classify(options: argparse.Namespace) -> int:
             for name, share in answer:
                 print(f"  {percent(share):>7}  {name}")
     return SOME_FAILED if failed else OK
+
+
+def _chosen_model(options: argparse.Namespace) -> Model:
+    """The model by its name, or a saved one by its folder or Hub id, which brings its own reducer unless one is asked
+    for."""
+    saved = "/" in options.model or Path(options.model).is_dir()
+    if saved and options.weights:
+        raise ValueError(f"{options.model} brings its own weights: leave out --weights, or name a model of the zoo")
+    if saved:
+        model = from_pretrained(options.model)
+    else:
+        model = create_model(options.model, weights=options.weights or _own_weights(options.model))
+    if saved and not options.flops_reduction:
+        return model
+    return reduce(model, flops_reduction=options.flops_reduction, method=options.method)
 
 
 def _own_weights(name: str) -> str:
@@ -255,7 +348,7 @@ def _own_weights(name: str) -> str:
 
 @torch.no_grad()
 def _ranked(model: nn.Module, images: Tensor, top: int) -> list[list[tuple[str, float]]]:
-    """For each of (B, 3, H, W) the first classes with their probabilities."""
+    """For each image or video the first classes with their probabilities."""
     shares, indices = model(images).softmax(1).sort(dim=1, descending=True, stable=True)  # (B, classes)
     names = spec_of(model).classes
     return [
@@ -269,123 +362,94 @@ def _ranked(model: nn.Module, images: Tensor, top: int) -> list[list[tuple[str, 
 
 def _info(options: argparse.Namespace) -> int:
     if options.name is None:
-        return _list_models(options)
-    lookup("model", options.name, MODELS)
-    model = _blueprint(options.name)
-    spec, size = spec_of(model), options.image_size
-    fast = reduce(model, flops_reduction=options.flops_reduction, image_size=size) if options.flops_reduction else model
-    if options.json:
-        figures = _published(options.name, model)
-        names = ["dense", "reduced"] if options.flops_reduction else ["dense"]
-        entries = [result(name, each, figures, size) for name, each in zip(names, (model, fast), strict=False)]
-        print(to_json(report("info", entries)))
+        if options.flops_reduction or options.image_size:
+            raise ValueError(f"name a model, for example: mambatrim info {MODEL} --flops-reduction 0.4")
+        print(info.report_of_all() if options.json else info.text_of_all())
         return OK
-    how = spec.preprocess
-    *frames, height, width = model.sides(size)
-    crop = f"{height} x {width} pixels, short side resized to {min(how.resize)} ({how.interpolation}), centre crop"
-    published = spec.checkpoint
-    top1 = f"{published.top1} % on {published.dataset}, as published" if published else "not published"
-    facts = [
-        ("parameters", f"{_parameters(model):,}"),
-        ("input", f"{frames[0]} frames of {crop}" if frames else crop),
-        *_sequence(model, size),
-        ("top-1", top1),
-        ("weights", _weights_source(options.name)),
-        ("licence", spec.licence),
-        ("source", spec.source),
-    ]
-    print(spec.name)
-    for name, value in facts:
-        print(f"  {name:<12}{value}")
-    print(f"\n{_flops_table(model, fast, size, bool(options.flops_reduction))}")
-    if options.flops_reduction:
-        reducer = cast(Trunk, fast).reducer
-        removed = list(reducer.schedule.removed)
-        print(f"\nschedule for {percent(options.flops_reduction)} fewer FLOPs with mtr: {reducer.extra_repr()}")
-        print(f"patches removed after each block, counted from 0: {removed}")
+    tell = info.report_of if options.json else info.text_of
+    print(tell(options.name, options.flops_reduction, options.image_size))
     return OK
 
 
-def _sequence(model: Model, size: int | None) -> list[tuple[str, str]]:
-    """Tokens and blocks of a model that has a sequence of them; why tokens stay in one that has a grid."""
-    if isinstance(model, GridModel):
-        return [("tokens", f"all stay: {model.why_dense}")]
-    patches, special = model.num_patches(size), len(model.special_tokens(size))
-    return [
-        ("tokens", f"{patches + special}: {patches} patches, {special} special"),
-        ("blocks", f"{model.depth}, d_model {model.d_model}, d_inner {model.d_inner}"),
-    ]
+# ----------------------------------------------------------------------------------------------------------- benchmark
 
 
-def _flops_table(model: Model, fast: Model, size: int | None, reduced: bool) -> str:
-    rows = []
-    for convention, text in CONVENTIONS.items():
-        counted = count_flops(fast, size, convention)
-        row = [f"{convention} ({text})", giga(counted.dense_total)]
-        rows.append([*row, giga(counted.total), percent(1 - counted.ratio)] if reduced else row)
-    return table(["FLOPs (multiply-adds)", "dense", "reduced", "saved"][: len(rows[0])], rows)
-
-
-def _list_models(options: argparse.Namespace) -> int:
-    if options.flops_reduction or options.image_size:
-        raise ValueError(f"name a model, for example: mambatrim info {MODEL} --flops-reduction 0.4")
-    models = {name: _blueprint(name) for name in MODELS}
-    if options.json:
-        entries = [result(name, model, _published(name, model)) for name, model in models.items()]
-        print(to_json(report("info", entries)))
-        return OK
-    header = ("model", "parameters", "input", "tokens", "FLOPs", "published top-1", "on", "licence", "weights")
-    print(table(header, [_model_row(name, model) for name, model in models.items()]))
+def _benchmark(options: argparse.Namespace) -> int:
+    if options.plot is not None:
+        _check_output(options.plot)
+    if options.json is not None:
+        _check_folder(options.json)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    reductions = [share for share in options.flops_reduction if share > 0]
+    todo = benchmark.settings(options.models, options.batch, options.dtype, options.image_size, options.device)
+    print(describe_machine())
+    if cpu.missing():
+        print(cpu.missing())
+    done = []
+    for setting in todo:
+        measured = benchmark.measure(
+            setting, reductions, options.method, not options.alone, options.repeats, options.seconds
+        )
+        print(f"\n{setting.model}, batch {setting.batch}, {setting.dtype}")
+        print(benchmark.models_table(measured.found))
+        if scans := benchmark.scans_table(measured.found):
+            print(f"\n{scans}")
+        if measured.disturbance:
+            print(f"note: {measured.disturbance}.")
+        sys.stdout.flush()
+        done.append(measured)
+    print("\nms/image: median of interleaved runs; spread: quartiles over the median. ideal: by the FLOPs.")
+    print("memory: that a forward adds at its peak, weights and images not counted.")
+    if options.json is not None:
+        options.json.write_text(to_json(benchmark.to_report(done)) + "\n")
+    if options.plot is not None:
+        benchmark.draw(done, describe_machine()).save(options.plot)
     return OK
 
 
-def _model_row(name: str, model: Model) -> tuple[str, ...]:
-    spec, counted = spec_of(model), count_flops(model)
-    published = spec.checkpoint
-    return (
-        name,
-        f"{_parameters(model) / 1e6:.1f} M",
-        "x".join(map(str, model.sides())),
-        str(counted.lengths[0]) if counted.lengths else "-",
-        giga(counted.total),
-        f"{published.top1} %" if published and published.top1 else "-",
-        published.dataset if published else "-",
-        spec.licence,
-        _weights_source(name),
-    )
+# ------------------------------------------------------------------------------------------------------------- compare
 
 
-def _published(name: str, model: Model) -> dict[str, Any]:
-    """What is known about a model's weights, for a report."""
-    spec = spec_of(model)
-    return {
-        "parameters": _parameters(model),
-        "licence": spec.licence,
-        "source": spec.source,
-        "published_top1": spec.checkpoint.top1 if spec.checkpoint else None,
-        "dataset": spec.checkpoint.dataset if spec.checkpoint else None,
-        "weights": _weights_source(name),
-    }
+def _compare(options: argparse.Namespace) -> int:
+    names = list(dict.fromkeys([options.reference, *options.method]))
+    schedule = in_stages(options.stages)
+    entrants: dict[str, Entrant] = {name: Entry(methods.get(name), schedule) for name in names}
+    models = {model_label(text): open_model(text) for text in options.model}
+    entrants |= {f"{model_label(text)}, all tokens": open_model(text) for text in options.also_dense}
+    data = spread(open_data(options.data), options.limit)
+    with _counter() as progress:
+        found = compare(
+            models,
+            entrants,
+            [share for share in options.flops_reduction if share],
+            Unlabelled(data) if options.no_labels else data,
+            options.out / "cells",
+            options.reference,
+            timing=not options.no_timing,
+            run=not options.no_run,
+            progress=progress,
+        )
+    print(describe_machine())
+    print(f"\n{found.to_markdown()}\n")
+    print(", ".join(str(path) for path in found.save(options.out)))
+    return OK
 
 
-def _parameters(model: Model) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
+@contextlib.contextmanager
+def _counter() -> Iterator[Any]:
+    """A line that counts cells, on a terminal only; it is gone at the end."""
+    shown = sys.stderr.isatty()
 
+    def progress(done: int, total: int, now: str) -> None:
+        if shown:
+            print(f"\r\033[K{done} of {total}: {now}", end="", file=sys.stderr, flush=True)
 
-def _blueprint(name: str) -> Model:
-    """A model without values, which takes no time and no memory."""
-    with torch.device("meta"):
-        return create_model(name)
-
-
-def _weights_source(name: str) -> str:
-    checkpoint = MODELS[name].checkpoint
-    if name in BUNDLED:
-        return "in the package"
-    if checkpoint is None:
-        return f"a file from {MODELS[name].source}"
-    file = checkpoint.file or "a file"
-    return f"{file} of {checkpoint.repo} on the Hub" if checkpoint.repo else f"{file} from {MODELS[name].source}"
+    try:
+        yield progress
+    finally:
+        if shown:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 # ------------------------------------------------------------------------------------------------------------ terminal

@@ -9,6 +9,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import struct
 import warnings
 import zipfile
@@ -133,7 +134,7 @@ def _from_16_bits(values: np.ndarray[Any, Any]) -> Image.Image:
 
 
 def preprocess(image: Image.Image, how: Preprocess) -> Tensor:
-    """The network's input (3, H, W) in float32: short side resized, centre cropped, normalised.
+    """The network's input (3, H, W) in float32: short side (or both sides) resized, centre cropped, normalised.
 
     The sizes and positions are rounded as torchvision's Resize, CenterCrop, ToTensor and Normalize do for pictures of
     PIL, so that published accuracies can be compared. For an input that is not square, the resized picture just covers
@@ -146,6 +147,8 @@ def preprocess(image: Image.Image, how: Preprocess) -> Tensor:
     width, height = image.size
     height_decides = high * width >= wide * height
     size = (high * width // height, high) if height_decides else (wide, wide * height // width)
+    if how.squash:
+        size = wide, high
     if size[0] * size[1] > MAX_PIXELS:
         raise ValueError(f"an image of {width} x {height} pixels is too narrow to be resized to {size[0]} x {size[1]}")
     resized = image.convert("RGB").resize(size, Image.Resampling[how.interpolation.upper()])
@@ -157,15 +160,71 @@ def preprocess(image: Image.Image, how: Preprocess) -> Tensor:
 
 
 def load_images(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], spec: ModelSpec) -> Tensor:
-    """The input (B, 3, H, W) for the model of `spec` from one image file or several.
+    """The input (B, 3, H, W) for the model of `spec` from one image file or several; (B, 3, T, H, W) for a model of
+    videos, each path being one, as in `read_video`.
 
     Raises:
-        ValueError: there is no path, or one cannot be read (see `read_image`).
+        ValueError: there is no path, or one cannot be read (see `read_image` and `read_video`).
     """
     files = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     if not files:
         raise ValueError("load_images needs the path of at least one image")
-    return torch.stack([preprocess(read_image(file), spec.preprocess) for file in files])
+    return torch.stack([load_input(file, spec) for file in files])
+
+
+def load_input(path: str | os.PathLike[str], spec: ModelSpec) -> Tensor:
+    """As `load_images`, for one path: (3, H, W), or (3, T, H, W)."""
+    *frames, _, _ = spec.config.sides
+    if not frames:
+        return preprocess(read_image(path), spec.preprocess)
+    return torch.stack([preprocess(frame, spec.preprocess) for frame in read_video(path, frames[0])], dim=1)
+
+
+def read_video(path: str | os.PathLike[str], frames: int) -> list[Image.Image]:
+    """So many pictures of a video, one from the middle of each of as many equal parts of it, in RGB as `read_image`.
+
+    Args:
+        path: a folder with an image file for each frame, in the order of their names (numbers in them count as
+            numbers), or one file with several frames: an animated GIF, PNG or WebP, or a TIFF of several pages.
+        frames: how many; of a shorter video some come more than once.
+
+    Raises:
+        ValueError: there is nothing, a file cannot be read, or there are not at least two frames.
+    """
+    place = Path(path)
+    if not place.is_dir():
+        return _frames_of_file(place, frames)
+    files = sorted((file for file in place.iterdir() if _is_picture(file)), key=_by_number)
+    if len(files) < 2:
+        raise ValueError(f"{place} has not at least two images, the frames of a video ({', '.join(SUFFIXES)})")
+    return [read_image(files[index]) for index in middles(len(files), frames)]
+
+
+def _frames_of_file(file: Path, frames: int) -> list[Image.Image]:
+    read_image(file)  # complains of all that is wrong with any picture
+    try:
+        with Image.open(file) as image:
+            count, found = getattr(image, "n_frames", 1), []
+            for index in middles(count, frames) if count > 1 else ():
+                image.seek(index)
+                found.append(_to_rgb(image.copy()))
+    except _UNREADABLE as error:
+        raise ValueError(f"{file} is a damaged or incomplete video ({error})") from error
+    if not found:
+        raise ValueError(
+            f"{file} holds one picture, and this model takes videos: a folder of frames, or an animated GIF"
+        )
+    return found
+
+
+def middles(count: int, parts: int) -> list[int]:
+    """Of `count` frames those in the middle of each of so many equal parts."""
+    return [(2 * part + 1) * count // (2 * parts) for part in range(parts)]
+
+
+def _by_number(file: Path) -> list[tuple[int, str]]:
+    """frame2 before frame10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", file.name)]
 
 
 class Folder:
@@ -194,7 +253,11 @@ class Folder:
 
 
 def _images(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+    return sorted(filter(_is_picture, folder.rglob("*")))
+
+
+def _is_picture(file: Path) -> bool:
+    return file.suffix.lower() in SUFFIXES and file.is_file()
 
 
 class Zip:

@@ -91,7 +91,8 @@ class FlopsReport:
 
 def sections(model: Trunk | Pyramid, image_size: ImageSize = None) -> tuple[Section, ...]:
     """The sections of a pyramid; a flat model is one."""
-    if hasattr(model, "sections"):
+    own = getattr(model, "sections", None)
+    if own is not None:
         return cast(Pyramid, model).sections(image_size)
     flat = cast(Trunk, model)
     patches, special = flat.num_patches(image_size), len(flat.special_tokens(image_size))

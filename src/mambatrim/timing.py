@@ -16,6 +16,8 @@ from torch import Tensor, nn
 # what is worth a warning: processors taken by others, and the spread of the repeats (quartiles around the median)
 BUSY_SHARE = 0.1
 SPREAD = 0.15
+# rounds that a limit of time does not take away: fewer have no median worth the name
+MIN_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,11 @@ class Timings:
 
 
 def time_functions(
-    functions: Mapping[str, Callable[[], object]], repeats: int = 11, per: int = 1, keep_memory: bool = True
+    functions: Mapping[str, Callable[[], object]],
+    repeats: int = 11,
+    per: int = 1,
+    keep_memory: bool = True,
+    seconds: float | None = None,
 ) -> Timings:
     """Time functions against each other: one call of each to warm up, then all in turn, `repeats` times.
 
@@ -56,24 +62,30 @@ def time_functions(
         per: units of work in a call, such as images; the times are for one of them.
         keep_memory: let the process keep the memory of large temporaries (from now on), for otherwise the larger of two
             models is charged for fetching it anew at each call.
+        seconds: begin no further round after so much time; but there are at least MIN_ROUNDS, or `repeats` if fewer.
     """
     if not functions:
         raise ValueError("there must be at least one function to time")
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, not {repeats}")
+    if seconds is not None and not seconds > 0:
+        raise ValueError(f"seconds must be above 0, not {seconds}")
     if keep_memory:
         _keep_memory()
     for function in functions.values():
         _seconds(function)
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    load = _Load()
+    seconds_of: dict[str, list[float]] = {name: [] for name in functions}
+    load, start = _Load(), time.perf_counter()
     for turn in range(repeats):
+        if seconds is not None and turn >= MIN_ROUNDS and time.perf_counter() - start > seconds:
+            break
         for name in list(functions)[:: -1 if turn % 2 else 1]:
-            seconds[name].append(_seconds(functions[name]))
+            seconds_of[name].append(_seconds(functions[name]))
     others, cores = load.others()
-    times = {name: _summary(values, per) for name, values in seconds.items()}
+    times = {name: _summary(values, per) for name, values in seconds_of.items()}
     spread = max(timing.spread for timing in times.values())
-    return Timings(times, repeats, torch.get_num_threads(), describe_disturbance(others, cores, load.own, spread))
+    rounds = len(next(iter(seconds_of.values())))
+    return Timings(times, rounds, torch.get_num_threads(), describe_disturbance(others, cores, load.own, spread))
 
 
 @torch.no_grad()

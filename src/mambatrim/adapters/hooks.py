@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .. import methods
 from ..kernels.library import wide
-from ..reduction import Assignment, Method, Reducer, Schedule, Tokens
+from ..reduction import AS_IT_STANDS, Assignment, Method, Reducer, Schedule, Tokens
 from .records import Adapter, Parts
 
 
@@ -58,6 +58,11 @@ def attach(model: nn.Module, *, method: str | Method = "mtr", schedule: Schedule
     chosen = methods.get(method) if isinstance(method, str) else method
     if not isinstance(chosen, Method):
         raise ValueError(f"method must be a name or a Method, got {chosen!r}; a factory has to be called first")
+    if chosen.sequence is not AS_IT_STANDS:
+        raise ValueError(
+            f"blocks of another library take a reduced sequence only as it stands, and method {chosen.name!r} wants "
+            f"{chosen.sequence.name!r}; choose another method, or sequence=AS_IT_STANDS"
+        )
     _refuse_model(model)
     scopes = [list(blocks) for blocks in adapter.scopes(model) if len(blocks)]
     blocks = [block for scope in scopes for block in scope]

@@ -20,7 +20,18 @@ from .grid import GridModel
 from .layers import cast
 from .spec import CheckpointFile, ModelSpec, Preprocess
 
-__all__ = ["BUNDLED", "MODELS", "CheckpointFile", "Model", "ModelSpec", "Preprocess", "create_model", "list_models"]
+__all__ = [
+    "BUNDLED",
+    "CONFIGS",
+    "MODELS",
+    "CheckpointFile",
+    "Model",
+    "ModelSpec",
+    "Preprocess",
+    "build",
+    "create_model",
+    "list_models",
+]
 
 # flat models have a reducer; grid models keep all their tokens
 Model = FlatMamba | GridModel
@@ -45,6 +56,8 @@ _BUILD: dict[str, Callable[[ModelSpec], Model]] = {
     "local_vmamba": lambda spec: localvmamba.LocalVMamba(spec.config, spec),
     "mambavision": lambda spec: mambavision.MambaVision(spec.config, spec),
 }
+# the record that describes the sizes of a family's models
+CONFIGS: dict[str, type] = {spec.family: type(spec.config) for spec in MODELS.values()}
 # families whose published files do not all have the names and shapes of the model
 _CONVERT: dict[str, Callable[[Mapping[str, Tensor], Any], dict[str, Tensor]]] = {
     "videomamba": videomamba.convert,
@@ -61,6 +74,19 @@ def list_models(pattern: str = "*") -> list[str]:
     return [name for name in MODELS if fnmatchcase(name, pattern)]
 
 
+def build(spec: ModelSpec) -> Model:
+    """A model with random weights from a description, which need not be in the zoo.
+
+    Raises:
+        ValueError: unknown family, or a configuration of another one.
+    """
+    make = lookup("family", spec.family, _BUILD)
+    if type(spec.config) is not CONFIGS[spec.family]:
+        wanted = CONFIGS[spec.family].__name__
+        raise ValueError(f"the config of the family {spec.family} is a {wanted}, not a {type(spec.config).__name__}")
+    return make(spec)
+
+
 def create_model(
     name: str,
     weights: str | Path | None = None,
@@ -68,6 +94,8 @@ def create_model(
     image_size: int | tuple[int, ...] | None = None,
     dtype: torch.dtype = torch.float32,
     in_chans: int | None = None,
+    *,
+    img_size: int | tuple[int, ...] | None = None,
 ) -> Model:
     """A model of the zoo, in evaluation mode, with all its tokens.
 
@@ -80,12 +108,17 @@ def create_model(
             Position tables are resized, unless the weights have that size already.
         dtype: torch.float32 or torch.bfloat16, of the matrix products; residual stream and scan state stay fp32.
         in_chans: channels of the images, 3 by default; with weights it must be theirs.
+        img_size: the same as image_size, by the name that it has in timm; here only, where people bring timm's words.
 
     Raises:
         ValueError: unknown name, weights that are missing, damaged or of another model, or an argument that does not
             fit.
     """
     spec = lookup("model", name, MODELS)
+    if img_size is not None:
+        if image_size is not None:
+            raise ValueError(f"img_size is another word for image_size: give one of them, got {img_size}, {image_size}")
+        image_size = img_size
     if dtype not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(map(str, _DTYPES))}, got {dtype}")
     for field, value in (("num_classes", num_classes), ("in_chans", in_chans)):
@@ -93,7 +126,7 @@ def create_model(
             if value < 1:
                 raise ValueError(f"{field} must be at least 1, got {value}")
             spec = replace(spec, config=replace(spec.config, **{field: value}))
-    model = _BUILD[spec.family](spec)
+    model = build(spec)
     state = None if weights is None else _read(weights, spec)
     if image_size is not None and (state is None or not _has_tables_of(state, model)):
         model.resize(image_size)
@@ -101,6 +134,8 @@ def create_model(
         load(model, state, spec)
     if image_size is not None:
         model.resize(image_size)
+        preprocess = replace(spec.preprocess, size=model.config.image_size)
+        model.spec = replace(spec, config=model.config, preprocess=preprocess)
     cast(model, dtype)
     return model.eval()
 

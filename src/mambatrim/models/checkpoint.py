@@ -30,7 +30,7 @@ PREFIXES = ("module.", "_orig_mod.")
 LEFTOVERS = ("ema_*", "distill_head.*", "clip_decoder.*", "*.num_batches_tracked")
 
 SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
-_HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?:[:/](?P<file>[\w-][\w./-]*))?", re.ASCII)
+HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?:[:/](?P<file>[\w-][\w./-]*))?", re.ASCII)
 
 # broken bytes make the readers below raise nearly anything
 _UNREADABLE = (
@@ -66,7 +66,7 @@ def resolve(weights: str | Path, spec: ModelSpec | None = None) -> Path:
     if path.exists():
         return path
     name = str(weights)
-    hub = _HUB_ID.fullmatch(name)
+    hub = HUB_ID.fullmatch(name)
     names_a_file = name.endswith(SUFFIXES) and name.count("/") == 1 and ":" not in name
     if hub is None or names_a_file or path.parent.is_dir():
         raise ValueError(f"there is no file {name}, and it is no Hub id either (such as hustvl/Vim-small-midclstok)")
@@ -78,23 +78,28 @@ def resolve(weights: str | Path, spec: ModelSpec | None = None) -> Path:
         raise ValueError(
             f"there is no file {name}; if it is a Hub id, name the file in it too, as in {repo}:weights.pth"
         )
-    return _download(repo, file)
+    return download(repo, file)
 
 
-def _download(repo: str, file: str) -> Path:
-    by_hand = f"fetch {file} from {repo} by hand and give its path as weights"
+def download(repo: str, file: str, revision: str | None = None) -> Path:
+    """A file of the Hugging Face Hub, fetched once; `revision` is a branch, tag or commit.
+
+    Raises:
+        ValueError: huggingface_hub is not installed, or there is no such file, or no network.
+    """
+    by_hand = f"fetch {file} from {repo} by hand and give its path"
     try:
         import huggingface_hub  # imported here: only a download needs it
     except ImportError as error:
         raise ValueError(f"{repo} is on the Hub and huggingface_hub is not installed; {by_hand}") from error
     try:
-        cached = huggingface_hub.try_to_load_from_cache(repo, file)
+        cached = huggingface_hub.try_to_load_from_cache(repo, file, revision=revision)
         if isinstance(cached, str):
             return Path(cached)
         if not urllib.request.getproxies():
             # without a network this fails at once, where the download would try again for half a minute
             socket.getaddrinfo(urlsplit(huggingface_hub.hf_hub_url(repo, file)).hostname, 443)
-        return Path(huggingface_hub.hf_hub_download(repo, file))
+        return Path(huggingface_hub.hf_hub_download(repo, file, revision=revision))
     except (OSError, ValueError) as error:  # huggingface_hub's own errors are among these
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(". ")
         raise ValueError(f"{repo} could not be downloaded from the Hub ({reason}); {by_hand}") from error
@@ -227,8 +232,17 @@ def load(model: nn.Module, state: Mapping[str, Tensor], spec: ModelSpec) -> None
     """Copy `state` into the model: every entry of the model, in its shape, and no other.
 
     Raises:
+        ValueError: as `check`; the model is then unchanged.
+    """
+    model.load_state_dict(check(model, state, spec), strict=True)
+
+
+def check(model: nn.Module, state: Mapping[str, Tensor], spec: ModelSpec) -> dict[str, Tensor]:
+    """The entries of `state` that are the model's, without what training scripts leave beside them.
+
+    Raises:
         ValueError: naming the first entry that is missing, too many, or of another shape, and the family that the
-            weights look like; the model is then unchanged.
+            weights look like.
     """
     expected = model.state_dict()
     state = {
@@ -243,7 +257,7 @@ def load(model: nn.Module, state: Mapping[str, Tensor], spec: ModelSpec) -> None
             f"the weights do not fit {spec.name} of the family {spec.family}: {problem} "
             f"({len(state)} entries for {len(expected)}; by their names the weights are of {families})"
         )
-    model.load_state_dict(state, strict=True)
+    return state
 
 
 def _mismatch(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str | None:

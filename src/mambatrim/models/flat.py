@@ -251,9 +251,9 @@ class FlatMamba(nn.Module):
 
     # ------------------------------------------------------------------------------------------------------------- cost
 
-    def block_cost(self, length: int, convolved: int | None = None, scanned: int | None = None) -> Cost:
-        """MACs of one block for one image of `length` tokens; `convolved` and `scanned` as for the mixer."""
-        return self.blocks()[0].cost(length, convolved, scanned)
+    def block_cost(self, length: int, **positions: int) -> Cost:
+        """MACs of one block for one image of `length` tokens; `positions` as the mixer's `convolved` and `scanned`."""
+        return self.blocks()[0].cost(length, **positions)
 
     def stem_cost(self, image_size: ImageSize = None) -> Cost:
         per_patch = self.patch_embed.proj.weight.numel()

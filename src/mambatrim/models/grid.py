@@ -1,4 +1,10 @@
-"""What models on a grid share: their outer shape, layers with the dtype policy, the channel gate, initial values.
+"""What models on a grid share: outer shape, removal of tokens, layers with the dtype policy, initial values.
+
+Tokens are removed inside a section (a stage of a pyramid, or the whole of a model without strides) and put back behind
+it: every place gets the row of the token that it was merged into, or its own from when it was pruned. What is exact in
+between, if all tokens of a group are alike: norms, projections, MLPs, gates, attention. Not exact: a scan takes fewer
+steps, as in the flat families. A convolution over the grid sees the row of a token at every place that it stands for
+(zeros where one was pruned, as beyond the border) and is calculated at all places; a token takes the output at its own.
 
 The residual stream is fp32; norms compute in fp32; convolutions and projections compute in the dtype of their weights.
 
@@ -12,7 +18,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
-from typing import ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +26,7 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..kernels.library import wide
-from ..reduction import Cost
+from ..reduction import Cost, Reducer, Section, Tokens, default_stages
 from .layers import Captured
 from .spec import ModelSpec
 
@@ -44,14 +50,22 @@ class GridConfig:
 
 
 class GridModel(nn.Module):
-    """A model whose layers need the whole grid: convolutions between its scans, or strides.
+    """A model whose blocks work on grids of tokens. `reducer` decides what happens between blocks; by default nothing.
 
-    It has no reducer; `why_dense` says in a sentence why tokens cannot be removed between its blocks.
+    A family says which blocks lose tokens together and what they cost (`sections`), what these need to know of the
+    places of the tokens (`places`), and how the stream runs through it (`run`).
     """
 
     config: GridConfig
     spec: ModelSpec | None
-    why_dense: ClassVar[str]
+    reducer: Reducer
+
+    def __init__(self, config: GridConfig, spec: ModelSpec | None) -> None:
+        super().__init__()
+        self.config, self.spec = config, spec
+        self.reducer = Reducer.dense()
+
+    # ------------------------------------------------------------------------------------------------- sizes and places
 
     def sides(self, image_size: ImageSize = None) -> Sides:
         """(height, width) of an input: of a side, of both, or None for the model's own."""
@@ -63,8 +77,11 @@ class GridModel(nn.Module):
         return given[0], given[1]
 
     def resize(self, image_size: ImageSize) -> None:
-        """Make another input size the model's own."""
+        """Make another input size the model's own. Reduce it anew for the new size."""
         self.config = replace(self.config, image_size=self.sides(image_size))
+        if self.spec is not None:
+            preprocess = replace(self.spec.preprocess, size=self.config.image_size)
+            self.spec = replace(self.spec, config=self.config, preprocess=preprocess)
 
     def check(self, images: Tensor, least: int) -> None:
         """Raises ValueError unless the images are (B, C, H, W), C as configured, of at least `least` pixels a side."""
@@ -74,8 +91,76 @@ class GridModel(nn.Module):
             height, width = images.shape[2:]
             raise ValueError(f"an image must have at least {least}x{least} pixels, got {height}x{width}")
 
+    def blocks(self) -> list[Any]:
+        """The blocks between which tokens can go, in the order in which a schedule counts them."""
+        raise NotImplementedError
+
+    @property
+    def depth(self) -> int:
+        """How many there are."""
+        return len(self.blocks())
+
+    @property
+    def d_model(self) -> int:
+        """Width of the stream in the first section."""
+        return self.sections()[0].d_model
+
+    @property
+    def d_inner(self) -> int:
+        """Channels of the scans in the first section."""
+        return self.sections()[0].d_inner
+
+    def num_patches(self, image_size: ImageSize = None) -> int:
+        """Tokens at the start of the first section; `image_size` as in `sides`."""
+        return self.sections(image_size)[0].patches
+
+    def special_tokens(self, image_size: ImageSize = None) -> tuple[int, ...]:
+        """These models have no class and register tokens."""
+        return ()
+
+    # ---------------------------------------------------------------------------------------------------------- forward
+
+    def places(self, blocks: Sequence[nn.Module], tokens: Tokens) -> Any:
+        """What blocks of a section need besides the stream, until tokens are removed again."""
+        raise NotImplementedError
+
+    def through(
+        self, blocks: Sequence[nn.Module], x: Tensor, grid: Sides, first: int = 0, layers: Collection[int] = ()
+    ) -> tuple[Tensor, list[Tensor]]:
+        """A section: blocks on the tokens of a grid, the reducer between them.
+
+        Args:
+            blocks: of the section. `first` is the number of the first one in the schedule.
+            x: (B, L, D), a token for every place.
+            layers: blocks (numbered as in the schedule) after which all places are asked for.
+
+        Returns:
+            The rows (B, L, D) of all places behind the section, and after each of `layers`, before the reduction there.
+        """
+        tokens, canvas, seen = Tokens.start(x, grid), x, []
+        places = self.places(blocks, tokens)
+        for i, block in enumerate(blocks, first):
+            rows, captured = block(tokens.x, places, self.reducer.needs(i))
+            before = tokens.with_x(rows)
+            if i in layers:
+                seen.append(restored(before, canvas))
+            tokens = self.reducer(i, before, captured)
+            if tokens is not before:
+                canvas, places = restored(before, canvas), self.places(blocks, tokens)
+        return restored(tokens, canvas), seen
+
+    def run(self, images: Tensor, layers: Collection[int]) -> tuple[Tensor, list[Tensor]]:
+        """The map (B, D, h, w) after the last layer, and those after the layers that are named."""
+        raise NotImplementedError
+
+    def layers_of_maps(self) -> Sequence[nn.Module]:
+        """The layers that `feature_maps` counts."""
+        raise NotImplementedError
+
     def feature_maps(self, images: Tensor, layers: Collection[int]) -> list[Tensor]:
         """The stream after some layers, 0-based and ascending: (B, D, h, w) each; in a pyramid a layer is a stage.
+
+        All places are there: a merged token is copied to every place that it stands for.
 
         Raises:
             ValueError: there is no such layer.
@@ -86,28 +171,71 @@ class GridModel(nn.Module):
             raise ValueError(f"layers must be from 0 to {count - 1}, got {wrong[0]}")
         return self.run(images, layers)[1]
 
-    def layers_of_maps(self) -> Sequence[nn.Module]:
-        """The layers that `feature_maps` counts."""
-        raise NotImplementedError
+    def forward_features(self, images: Tensor, unmerge: bool = False) -> Tokens:
+        """The tokens after the last block, row by row, before the final norm.
 
-    def run(self, images: Tensor, layers: Collection[int]) -> tuple[Tensor, list[Tensor]]:
-        """The stream after the last layer as `forward_head` takes it, and the maps after the layers that are named."""
-        raise NotImplementedError
+        Args:
+            unmerge: as in flat models; here all places are there in any case.
+        """
+        x, _ = self.run(images, ())
+        return Tokens.start(x.flatten(2).transpose(1, 2), (x.shape[2], x.shape[3]))
 
-    def forward_features(self, images: Tensor) -> Tensor:
-        """The stream after the last layer, before the final norm."""
-        return self.run(images, ())[0]
-
-    def forward_head(self, x: Tensor) -> Tensor:
+    def forward_head(self, tokens: Tokens) -> Tensor:
         """Logits (B, num_classes)."""
         raise NotImplementedError
 
     def forward(self, images: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(images))
 
-    def cost(self, image_size: ImageSize = None) -> Cost:
-        """MACs of one image."""
+    # ------------------------------------------------------------------------------------------------------------- cost
+
+    def sections(self, image_size: ImageSize = None) -> tuple[Section, ...]:
+        """The blocks that lose tokens together, one section behind the other."""
         raise NotImplementedError
+
+    def stem_cost(self, image_size: ImageSize = None) -> Cost:
+        """MACs of one image in what is no block of a section: the stem, stages of convolutions, the ways down."""
+        raise NotImplementedError
+
+    def head_cost(self) -> Cost:
+        """MACs of the classifier."""
+        raise NotImplementedError
+
+    def cost(self, image_size: ImageSize = None) -> Cost:
+        """MACs of one image with all its tokens."""
+        blocks = [cost(section.patches) for section in self.sections(image_size) for cost in section.costs]
+        return total([self.stem_cost(image_size), self.head_cost(), *blocks])
+
+
+def restored(tokens: Tokens, canvas: Tensor) -> Tensor:
+    """(B, L0, D): every place with the row of its token; where that was pruned, with its row of `canvas` (B, L0, D)."""
+    if tokens.x.shape[1] == canvas.shape[1]:
+        return tokens.x
+    gone = (tokens.origin.dest == tokens.origin.survivors).unsqueeze(2)
+    return torch.where(gone, canvas, tokens.dense())
+
+
+def everywhere(convolution: nn.Module, x: Tensor, tokens: Tokens) -> Tensor:
+    """A convolution over the grid, (B, C, H, W), of rows x (B, L, C) of tokens -> (B, L0, C): all places."""
+    rows = tokens.origin.unmerge(x) if x.shape[1] < tokens.origin.length else x  # (B, L0, C)
+    image = rows.transpose(1, 2).unflatten(2, tokens.grid)
+    result: Tensor = convolution(image)
+    return result.flatten(2).transpose(1, 2)
+
+
+def at_tokens(x: Tensor, tokens: Tokens) -> Tensor:
+    """Of all places x (B, L0, C) those at which the tokens stand: (B, L, C)."""
+    return tokens.origin.select(x) if tokens.origin.survivors < x.shape[1] else x
+
+
+def convolve(convolution: nn.Module, x: Tensor, tokens: Tokens) -> Tensor:
+    """`everywhere`, at the places of the tokens: (B, L, C) -> (B, L, C)."""
+    return at_tokens(everywhere(convolution, x, tokens), tokens)
+
+
+def usual_blocks(blocks: int) -> tuple[int, ...]:
+    """Blocks of a stage after which tokens go by default; none in a short stage, of which one block would gain."""
+    return default_stages(blocks) if blocks > 2 else ()
 
 
 class LayerNorm(nn.LayerNorm):

@@ -9,16 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import kernels
 from ..kernels import reference
-from ..reduction import Cost
-from .grid import ChannelGate, GridConfig, Sides, capture
+from ..reduction import Cost, Tokens
+from .grid import ChannelGate, GridConfig, capture
 from .layers import Captured
-from .orders import directions, local_order
-from .pyramid import DIRECTIONS, Block, DirectedScan, PatchMerging, Pyramid, Stage
+from .orders import Walk, directions, walk
+from .pyramid import DIRECTIONS, Block, DirectedScan, PatchMerging, Places, Pyramid, Stage
 from .spec import IMAGENET_MEAN, IMAGENET_STD, CheckpointFile, ModelSpec, Preprocess
 from .vmamba import stem_of_patches
 
@@ -45,7 +44,7 @@ class MultiScan(nn.Module):
 class LocalScan(DirectedScan):
     """Scans in four listed orders, each through the same gate before they are added.
 
-    Window padding is a step with a zero input: the state decays by it.
+    Window padding is a step with a zero input: the state decays by it, whether tokens are removed or not.
     """
 
     def __init__(self, d_model: int, expand: int, d_state: int, names: Sequence[str]) -> None:
@@ -53,40 +52,39 @@ class LocalScan(DirectedScan):
         self.names = tuple(names)
         self.multi_scan = MultiScan(self.d_inner)
 
-    def sum_of_scans(self, u: Tensor, wanted: Sequence[str]) -> tuple[Tensor, Captured]:
-        height, width = u.shape[1:3]
-        tokens = u.flatten(1, 2)  # (B, L, E)
-        share = tokens.new_full(tokens.shape[:2], 1 / tokens.shape[1])
-        padded = F.pad(tokens, (0, 0, 0, 1))
+    def orders(self) -> tuple[str, ...]:
+        return self.names
+
+    def sum_of_scans(self, u: Tensor, places: Places, wanted: Sequence[str]) -> tuple[Tensor, Captured]:
         gated, captured = [], []
         for k, name in enumerate(self.names):
-            order = local_order(name.removesuffix("_flip"), (height, width), u.device)
-            steps = padded[:, order.visits()]  # (B, T, E)
-            direction = self.direction(steps, k, name.endswith("_flip"))
+            way = places.walks[name]
+            steps = way.spread(u)  # (B, T, E)
+            direction = self.direction(steps, k, way.reverse)
             scanned = kernels.scan(steps[None], [direction])
-            out = scanned.y[:, order.leave]  # (B, L, E)
-            gated.append(self.multi_scan.attn(out, share))
-            captured.append(_signals(direction, scanned, out, order.enter, wanted))
+            out = way.left(scanned.y)  # (B, L, E)
+            gated.append(self.multi_scan.attn(out, places.share))
+            captured.append(_signals(direction, scanned, out, way, wanted))
         found = {name: torch.stack([signals[name] for signals in captured], dim=1) for name in captured[0]}
-        return sum(gated[1:], gated[0]).unflatten(1, (height, width)), found
+        return sum(gated[1:], gated[0]), found
 
-    def cost(self, grid: Sides) -> Cost:
+    def cost(self, length: int, places: int) -> Cost:
         """MACs of one image, window padding not counted."""
-        return super().cost(grid) + Cost(directions=DIRECTIONS * self.multi_scan.attn.macs())
+        return super().cost(length, places) + Cost(directions=DIRECTIONS * self.multi_scan.attn.macs())
 
 
 def _signals(
-    direction: kernels.Direction, scanned: kernels.Scan, out: Tensor, enter: Tensor, wanted: Sequence[str]
+    direction: kernels.Direction, scanned: kernels.Scan, out: Tensor, way: Walk, wanted: Sequence[str]
 ) -> Captured:
-    """Of one direction, (B, L, .) each, places row by row."""
+    """Of one direction, (B, L, .) each, in token order."""
     d = direction
     return capture(
         wanted,
         {
-            "dt": lambda: reference.step_size(d.dt, d.dt_bias, d.dt_weight, softplus=True)[:, enter],
-            "dt_mean": lambda: scanned.dt_mean[:, 0, enter],
-            "B": lambda: d.B[:, enter],
-            "C": lambda: d.C[:, enter],
+            "dt": lambda: way.entered(reference.step_size(d.dt, d.dt_bias, d.dt_weight, softplus=True)),
+            "dt_mean": lambda: way.entered(scanned.dt_mean[:, 0]),
+            "B": lambda: way.entered(d.B),
+            "C": lambda: way.entered(d.C),
             "y": lambda: out,
         },
     )
@@ -109,6 +107,10 @@ class LocalVMamba(Pyramid):
             blocks = [Block(width, scan, mlp_ratio=0) for scan in scans]
             stages.append(Stage(blocks, None if s == last else PatchMerging(width)))
         super().__init__(config, spec, stem_of_patches(config.in_chans, config.d_model), stages, width)
+
+    def walk(self, name: str, tokens: Tokens) -> Walk:
+        height, width = tokens.grid
+        return walk(name, (height, width), tokens.origin.keep, None)
 
 
 # searched by the authors

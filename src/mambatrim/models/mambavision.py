@@ -2,7 +2,8 @@
 
 Keys of the state dict are those of the official checkpoints. Windows are entries of the batch, so convolution and scan
 begin anew in each. A stage is padded to whole windows once, before its blocks: padding is a token like any other in
-them, and is cut off behind them.
+them, and is cut off behind them. Tokens are removed in the stages of windows only, as many in every window; what is
+left of a window is a shorter sequence for its convolutions of three steps, as in flat models.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
 
-from ..reduction import Cost
+from ..reduction import Cost, Section, Tokens
 from .grid import (
     BatchNorm2d,
     Conv2d,
@@ -27,6 +29,7 @@ from .grid import (
     reset_linear,
     total,
     typed,
+    usual_blocks,
 )
 from .mambavision_blocks import Attention, Block, ConvBlock, Downsample, MambaVisionMixer, Stem
 from .orders import from_windows, to_windows
@@ -70,37 +73,40 @@ class WindowLevel(nn.Module):
 
     def __init__(self, d_model: int, depth: int, heads: int, window: int, layer_scale: bool, last: bool) -> None:
         super().__init__()
-        self.window = window
+        self.d_model, self.window = d_model, window
         mixers = (
             MambaVisionMixer(d_model) if i < math.ceil(depth / 2) else Attention(d_model, heads) for i in range(depth)
         )
         self.blocks = nn.ModuleList(Block(d_model, mixer, layer_scale) for mixer in mixers)
         self.downsample = nn.Identity() if last else Downsample(d_model)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The blocks alone: x (B, D, H, W) -> the same."""
-        grid = (x.shape[2], x.shape[3])
-        tokens = to_windows(x, self.window)  # (B n, window^2, D)
-        for block in self.blocks:
-            tokens, _ = block(tokens)
-        return from_windows(tokens, self.window, grid)
+    def typed_blocks(self) -> list[Block]:
+        """The blocks, with their type."""
+        return typed(self.blocks, Block)
 
-    def cost(self, grid: Sides) -> Cost:
-        """MACs of the blocks for one image, padding included."""
-        windows = math.prod(-(-side // self.window) for side in grid)
-        one = total(block.cost(self.window**2) for block in typed(self.blocks, Block))
-        return total([one] * windows)
+    def section(self, grid: Sides) -> Section:
+        """The blocks on a grid of this size, padding included."""
+        blocks, windows = self.typed_blocks(), math.prod(-(-side // self.window) for side in grid)
+        # only mixers have a time step
+        without = tuple(i for i, block in enumerate(blocks) if isinstance(block.mixer, Attention))
+        return Section(
+            patches=self.window**2,
+            d_model=self.d_model,
+            d_inner=self.d_model // 2,
+            costs=tuple(cache(partial(block.cost, windows=windows)) for block in blocks),
+            after=tuple(i for i in usual_blocks(len(blocks)) if i not in without),
+            windows=windows,
+            without_scan=without,
+        )
 
 
 class MambaVision(GridModel):
     """MambaVision, for images of any size."""
 
     config: MambaVisionConfig
-    why_dense = "its stages are windows of a grid, with convolutions of stride 2 between them"
 
     def __init__(self, config: MambaVisionConfig, spec: ModelSpec | None = None) -> None:
-        super().__init__()
-        self.config, self.spec = config, spec
+        super().__init__(config, spec)
         widths = [config.d_model * 2**stage for stage in range(4)]
         self.patch_embed = Stem(config.in_chans, config.stem, config.d_model)
         levels: list[nn.Module] = [ConvLevel(widths[s], config.depths[s]) for s in (0, 1)]
@@ -117,6 +123,10 @@ class MambaVision(GridModel):
         """The four stages, with their type."""
         return [level for level in self.levels if isinstance(level, ConvLevel | WindowLevel)]
 
+    def blocks(self) -> list[Block]:
+        """Those of the stages of windows."""
+        return [block for level in typed(self.levels, WindowLevel) for block in level.typed_blocks()]
+
     def layers_of_maps(self) -> Sequence[nn.Module]:
         return self.stages()
 
@@ -125,24 +135,48 @@ class MambaVision(GridModel):
         self.check(images, 1)
         return self.patch_embed(images)
 
+    def places(self, blocks: Sequence[nn.Module], tokens: Tokens) -> Tensor | None:
+        """What attention adds to its logits for every token, (B, 1, 1, L): the logarithm of how many it stands for."""
+        reduced = tokens.x.shape[1] < tokens.origin.length
+        return tokens.size.log()[:, None, None] if reduced else None
+
     def run(self, images: Tensor, layers: Collection[int]) -> tuple[Tensor, list[Tensor]]:
         """(B, 8 D, H/32, W/32), sides rounded up, and the maps behind the stages `layers`, before the way down."""
-        x, seen = self.embed(images), []
+        x, seen, first = self.embed(images), [], 0
         for s, level in enumerate(self.stages()):
-            x = level(x)
+            if isinstance(level, WindowLevel):
+                blocks, side, grid = level.typed_blocks(), level.window, (x.shape[2], x.shape[3])
+                rows, _ = self.through(blocks, to_windows(x, side), (side, side), first)
+                x, first = from_windows(rows, side, grid), first + len(blocks)
+            else:
+                x = level(x)
             if s in layers:
                 seen.append(x)
             x = level.downsample(x).to(torch.float32)
         return x, seen
 
-    def forward_head(self, x: Tensor) -> Tensor:
-        pooled = self.norm(x).mean((2, 3))
+    def forward_head(self, tokens: Tokens) -> Tensor:
+        image = tokens.x.transpose(1, 2).unflatten(2, tokens.grid)
+        pooled = self.norm(image).mean((2, 3))
         return linear(pooled.to(self.head.weight.dtype), self.head).to(torch.float32)
 
-    def cost(self, image_size: ImageSize = None) -> Cost:
-        """MACs of one image; the convolutions on the grid are counted as stem."""
-        grid = self.sides(image_size)
-        costs = [Cost(head=self.head.weight.numel())]
+    def grids(self, image_size: ImageSize = None) -> list[Sides]:
+        """The grid of each stage."""
+        grid, grids = self.sides(image_size), []
+        for convolution in typed(self.patch_embed.modules(), Conv2d):
+            grid = behind(convolution, grid)
+        for level in self.stages():
+            grids.append(grid)
+            for convolution in typed(level.downsample.modules(), Conv2d):
+                grid = behind(convolution, grid)
+        return grids
+
+    def sections(self, image_size: ImageSize = None) -> tuple[Section, ...]:
+        pairs = zip(self.stages(), self.grids(image_size), strict=True)
+        return tuple(level.section(grid) for level, grid in pairs if isinstance(level, WindowLevel))
+
+    def stem_cost(self, image_size: ImageSize = None) -> Cost:
+        costs, grid = [], self.sides(image_size)
 
         def down(modules: nn.Module) -> None:
             nonlocal grid
@@ -152,9 +186,13 @@ class MambaVision(GridModel):
 
         down(self.patch_embed)
         for level in self.stages():
-            costs.append(level.cost(grid))
+            if isinstance(level, ConvLevel):
+                costs.append(level.cost(grid))
             down(level.downsample)
         return total(costs)
+
+    def head_cost(self) -> Cost:
+        return Cost(head=self.head.weight.numel())
 
 
 def convert(state: Mapping[str, Tensor], config: MambaVisionConfig) -> dict[str, Tensor]:
@@ -180,7 +218,7 @@ def _entry(
         name=f"mambavision_{name}",
         family="mambavision",
         config=config,
-        preprocess=Preprocess(config.image_size, crop, "bicubic", IMAGENET_MEAN, IMAGENET_STD),
+        preprocess=Preprocess(config.image_size, crop, "bicubic", IMAGENET_MEAN, IMAGENET_STD, squash=config.image_size == (512, 512)),
         checkpoint=CheckpointFile(*where, *counts, top1),
         licence="NVIDIA Source Code License-NC: no commercial use",
         source="https://github.com/NVlabs/MambaVision",

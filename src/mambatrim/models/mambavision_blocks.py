@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import kernels
 from ..kernels import reference
 from ..reduction import Cost
-from .grid import BatchNorm2d, Conv2d, LayerNorm, Mlp, capture, linear, reset_scan
+from .grid import BatchNorm2d, Conv2d, LayerNorm, Mlp, capture, linear, reset_scan, total
 from .layers import Captured
 
 # the same in every published size
@@ -75,8 +75,11 @@ class MambaVisionMixer(nn.Module):
         """Initial values of the scan."""
         reset_scan(self.A_log, self.D, self.dt_proj.weight, self.dt_proj.bias)
 
-    def forward(self, x: Tensor, wanted: Sequence[str] = ()) -> tuple[Tensor, Captured]:
-        """x (B, L, D) -> (B, L, D), and the signals that are `wanted`."""
+    def forward(self, x: Tensor, sizes: Tensor | None, wanted: Sequence[str] = ()) -> tuple[Tensor, Captured]:
+        """x (B, L, D) -> (B, L, D), and the signals that are `wanted`; of the sizes of tokens a scan knows nothing.
+
+        There is no gate, so "y_gated" is "y".
+        """
         u, z = kernels.linear(x, self.in_proj.weight).chunk(2, dim=-1)  # (B, L, E) each, E = D / 2
         u, z = _convolve(u, self.conv1d_x.weight), _convolve(z, self.conv1d_z.weight)
         dt, B, C = kernels.linear(u, self.x_proj.weight).split([self.dt_rank, _STATES, _STATES], dim=-1)
@@ -92,6 +95,7 @@ class MambaVisionMixer(nn.Module):
             "B": lambda: B[:, None],
             "C": lambda: C[:, None],
             "y": lambda: scanned.y[:, None],
+            "y_gated": lambda: scanned.y[:, None],
         }
         return update, capture(wanted, signals)
 
@@ -122,11 +126,16 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(d_model, 3 * d_model)
         self.proj = nn.Linear(d_model, d_model)
 
-    def forward(self, x: Tensor, wanted: Sequence[str] = ()) -> tuple[Tensor, Captured]:
-        """x (B, L, D) -> (B, L, D), and the update where it is `wanted`: attention has no time step."""
+    def forward(self, x: Tensor, sizes: Tensor | None, wanted: Sequence[str] = ()) -> tuple[Tensor, Captured]:
+        """x (B, L, D) -> (B, L, D), and the update where it is `wanted`: attention has no time step.
+
+        `sizes` (B, 1, 1, L), logarithms added to the logits, make a merged token count as often as it stands for one
+        ("proportional attention" of ToMe, arXiv 2210.09461, section 3).
+        """
         parts = linear(x, self.qkv).unflatten(2, (3, self.heads, -1))
         q, k, v = parts.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, L, .) each
-        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        bias = None if sizes is None else sizes.to(q.dtype)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
         update = linear(mixed, self.proj)
         return update, capture(wanted, {"update": lambda: update})
 
@@ -149,16 +158,18 @@ class Block(nn.Module):
         self.gamma_1 = nn.Parameter(torch.full((d_model,), 1e-5)) if layer_scale else None
         self.gamma_2 = nn.Parameter(torch.full((d_model,), 1e-5)) if layer_scale else None
 
-    def forward(self, x: Tensor, wanted: Sequence[str] = ()) -> tuple[Tensor, Captured]:
-        """x (B, L, D) fp32 -> the same, and the `wanted` signals of the mixer."""
+    def forward(self, x: Tensor, sizes: Tensor | None, wanted: Sequence[str] = ()) -> tuple[Tensor, Captured]:
+        """x (B, L, D) fp32, `sizes` as in `Attention` -> the same, and the `wanted` signals of the mixer."""
         dtype = self.mlp.fc1.weight.dtype
-        update, captured = self.mixer(self.norm1(x, dtype), wanted)
+        update, captured = self.mixer(self.norm1(x, dtype), sizes, wanted)
         x = x + _scaled(update, self.gamma_1)
         x = x + _scaled(self.mlp(self.norm2(x, dtype)), self.gamma_2)
-        return x, captured
+        return x, captured | capture(wanted, {"hidden": lambda: x})
 
-    def cost(self, length: int) -> Cost:
-        return self.mixer.cost(length) + Cost(self.mlp.macs() * length)
+    def cost(self, length: int, windows: int) -> Cost:
+        """MACs of `windows` windows of `length` tokens."""
+        one = self.mixer.cost(length) + Cost(self.mlp.macs() * length)
+        return total([one] * windows)
 
 
 def _scaled(update: Tensor, gamma: Tensor | None) -> Tensor:

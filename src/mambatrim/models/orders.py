@@ -6,7 +6,6 @@ H W its tokens, T the steps of a scan with its padding.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -139,7 +138,7 @@ class Walk(NamedTuple):
 
 
 def walk(name: str, grid: Sides, patch: Tensor, is_class: Tensor | None) -> Walk:
-    """An order, restricted to the tokens that are there.
+    """An order of LocalMamba, restricted to the tokens that are there.
 
     Args:
         name: of the order.
@@ -150,9 +149,15 @@ def walk(name: str, grid: Sides, patch: Tensor, is_class: Tensor | None) -> Walk
     """
     reverse = name.endswith("_flip")
     order = local_order(name.removesuffix("_flip"), grid, patch.device)
+    return restricted(order, patch, is_class, reverse, straight=is_class is None and name.startswith("h"))
+
+
+def restricted(
+    order: Order, patch: Tensor, is_class: Tensor | None = None, reverse: bool = False, straight: bool = False
+) -> Walk:
+    """Any order, restricted to the tokens that are there; padding stays. Arguments as in `walk` and `Walk`."""
     batch, length = patch.shape
-    padding = order.steps - math.prod(grid)
-    steps = length + padding
+    steps = length + order.steps - len(order.enter)
     middle = (length - 1) // 2 if not reverse else steps - 1 - (length - 1) // 2
 
     def rank(table: Tensor) -> Tensor:
@@ -167,5 +172,4 @@ def walk(name: str, grid: Sides, patch: Tensor, is_class: Tensor | None) -> Walk
     enter = rank(order.enter)
     tokens = torch.arange(length, device=patch.device).expand(batch, -1)
     visits = patch.new_full((batch, steps), length).scatter(1, enter, tokens)
-    straight = is_class is None and name.startswith("h")
     return Walk(visits, enter, rank(order.leave), reverse, straight)

@@ -4,13 +4,18 @@ Keys of the state dict are those of the official checkpoints, `backbone.` and `h
 
 What the official code does and trained weights know: in each of the four scans only the input is put into the order of
 the scan. Time steps, B and C stay row by row, so that step t meets the time step of token t and the input of another.
+
+When tokens are removed, these pairs stay as they are: a scan loses the steps at which the input of a removed token
+would enter, with the time step, B and C that such a step has, and with its move. So time steps, B and C are calculated
+at all places, as the convolution is, and what MTR scores is the time step that a token's own input meets.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +23,7 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..kernels import reference
-from ..reduction import Cost
+from ..reduction import Cost, Section, Tokens, default_stages, take_rows
 from .grid import (
     BatchNorm2d,
     Conv2d,
@@ -27,8 +32,11 @@ from .grid import (
     ImageSize,
     LayerNorm,
     Sides,
+    at_tokens,
     behind,
     capture,
+    convolve,
+    everywhere,
     linear,
     reset_linear,
     reset_scan,
@@ -36,7 +44,7 @@ from .grid import (
     typed,
 )
 from .layers import Captured, resize_positions
-from .orders import snakes
+from .orders import Order, Walk, restricted, snakes
 from .spec import IMAGENET_MEAN, IMAGENET_STD, CheckpointFile, ModelSpec, Preprocess
 
 _STEM, _SCANS, _MOVES, _EXPAND = 64, 4, 5, 2
@@ -72,6 +80,32 @@ class Stem(nn.Module):
         return self.projection(x)
 
 
+@dataclass(frozen=True, eq=False)
+class Places:
+    """Where the tokens of all images stand.
+
+    tokens: their origin and grid; not their rows. walks: of the four snakes, over the tokens that are there. steps: (B,
+    L) for each, which step of the whole snake a step is; moves: (B, L) for each, the move that led to it.
+    """
+
+    tokens: Tokens
+    walks: list[Walk]
+    steps: list[Tensor]
+    moves: list[Tensor]
+
+    @staticmethod
+    def of(tokens: Tokens) -> Places:
+        """The places of tokens."""
+        height, width = tokens.grid
+        at = tokens.origin.keep  # (B, L)
+        visits, moves = snakes((height, width), at.device)  # (4, L0) each
+        there = torch.arange(visits.shape[1], device=at.device).expand_as(visits)
+        back = torch.zeros_like(visits).scatter(1, visits, there).unbind(0)
+        walks = [restricted(Order(enter, enter, len(enter)), at) for enter in back]
+        steps = [take_rows(enter[at], way.visits) for enter, way in zip(back, walks, strict=True)]
+        return Places(tokens, walks, steps, [move[step] for move, step in zip(moves.unbind(0), steps, strict=True)])
+
+
 class SnakeMixer(nn.Module):
     """Four snake scans that share all parameters; the move that led to a place adds a row of `direction_Bs` to B."""
 
@@ -94,45 +128,52 @@ class SnakeMixer(nn.Module):
         reset_scan(self.A_log, self.D, self.dt_proj.weight, self.dt_proj.bias)
         nn.init.trunc_normal_(self.direction_Bs, std=0.02)
 
-    def forward(self, x: Tensor, grid: Sides, wanted: Sequence[str] = ()) -> tuple[Tensor, Captured]:
-        """x (B, L, D) -> (B, L, D), and the signals that are `wanted`."""
+    def forward(self, x: Tensor, places: Places, wanted: Sequence[str] = ()) -> tuple[Tensor, Captured]:
+        """x (B, L, D) -> (B, L, D), and the signals that are `wanted`, all by the token whose input enters."""
         hidden, z = linear(x, self.in_proj).chunk(2, dim=-1)  # (B, L, E) each
-        image = hidden.transpose(1, 2).unflatten(2, grid)
-        u = F.silu(self.conv2d(image)).flatten(2).transpose(1, 2)
-        dt, B, C = kernels.linear(u, self.x_proj.weight).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        visits, moves = snakes(grid, u.device)  # (4, L) each
+        all_places = F.silu(everywhere(self.conv2d, hidden, places.tokens))  # (B, L0, E)
+        sizes = [self.dt_rank, self.d_state, self.d_state]
+        dt, B, C = kernels.linear(all_places, self.x_proj.weight).split(sizes, dim=-1)  # (B, L0, .)
+        u = at_tokens(all_places, places.tokens)  # (B, L, E)
         # the four scans are entries of one batch: (4 B, L, .)
-        inputs = u[:, visits].transpose(0, 1).flatten(0, 1)
-        Bs = (B + self.direction_Bs.to(B.dtype)[moves][:, None]).flatten(0, 1)
+        inputs = torch.cat([way.spread(u) for way in places.walks])
+        dts, Bs, Cs = (torch.cat([take_rows(signal, step) for step in places.steps]) for signal in (dt, B, C))
+        Bs = Bs + self.direction_Bs.to(B.dtype)[torch.cat(places.moves)]
         # the official code adds the bias once in dt_proj and once more in the scan
         bias = 2 * self.dt_proj.bias
-        dts, Cs = dt.repeat(_SCANS, 1, 1), C.repeat(_SCANS, 1, 1)
         direction = kernels.Direction(dts, -torch.exp(self.A_log), Bs, Cs, self.D, bias, self.dt_proj.weight)
         scanned = kernels.scan(inputs[None], [direction])
-        back = torch.zeros_like(visits).scatter(1, visits, torch.arange(len(visits[0]), device=u.device).expand(4, -1))
-        outputs = scanned.y.unflatten(0, (_SCANS, -1))  # (4, B, L, E), in the order of each scan
-        y = [one[:, order] for one, order in zip(outputs.unbind(0), back.unbind(0), strict=True)]
-        update = linear(sum(y[1:], y[0]) * F.silu(z), self.out_proj)
+
+        def by_token(steps: Tensor) -> list[Tensor]:  # (4 B, L, ...), in the order of each scan -> (B, L, ...)
+            parts = steps.unflatten(0, (_SCANS, -1)).unbind(0)
+            return [way.left(part) for way, part in zip(places.walks, parts, strict=True)]
+
+        y = by_token(scanned.y)
+        gate = F.silu(z)
+        update = linear(sum(y[1:], y[0]) * gate, self.out_proj)
+
+        def each(steps: Callable[[], Tensor]) -> Callable[[], Tensor]:
+            return lambda: torch.stack(by_token(steps()), dim=1)
+
         signals = {
             "update": lambda: update,
-            # one for all four scans, by the token that it is computed from
-            "dt": lambda: reference.step_size(dt, bias, self.dt_proj.weight, softplus=True)[:, None],
-            "dt_mean": lambda: scanned.dt_mean[: len(x)],
-            "B": lambda: B[:, None],
-            "C": lambda: C[:, None],
-            "y": lambda: torch.stack(y, dim=1),
+            "dt": each(lambda: reference.step_size(dts, bias, self.dt_proj.weight, softplus=True)),
+            "dt_mean": each(lambda: scanned.dt_mean[:, 0]),
+            "B": each(lambda: Bs),
+            "C": each(lambda: Cs),
+            "y": each(lambda: scanned.y),
+            "y_gated": lambda: torch.stack(y, dim=1) * gate[:, None],
         }
         return update, capture(wanted, signals)
 
-    def cost(self, length: int) -> Cost:
-        """MACs of one image."""
+    def cost(self, length: int, places: int) -> Cost:
+        """MACs of one image of `length` tokens, on a grid of so many places."""
         inner = self.D.numel()
         projections = (self.in_proj.weight.numel() + self.out_proj.weight.numel()) * length
-        # x_proj and dt_proj are there once; without the gate that `scan_macs` counts
-        scan = (self.x_proj.weight.numel() - inner) * length
-        scan += kernels.scan_macs(length, inner, self.d_state, self.dt_rank)
-        others = (_SCANS - 1) * inner * (9 * self.d_state + 1) * length
-        return Cost(projections, self.conv2d.weight.numel() * length, scan, directions=others)
+        # x_proj and dt_proj are there once, for all places; without the gate
+        one = inner * (9 * self.d_state + 1) * length
+        scan = (self.x_proj.weight.numel() + self.dt_proj.weight.numel()) * places + one
+        return Cost(projections, self.conv2d.weight.numel() * places, scan, directions=(_SCANS - 1) * one)
 
 
 class Layer(nn.Module):
@@ -144,17 +185,17 @@ class Layer(nn.Module):
         self.dw = _depthwise(d_model) if convolved else None
         self.mamba = SnakeMixer(d_model, d_state)
 
-    def forward(self, x: Tensor, grid: Sides, wanted: Sequence[str] = ()) -> tuple[Tensor, Captured]:
+    def forward(self, x: Tensor, places: Places, wanted: Sequence[str] = ()) -> tuple[Tensor, Captured]:
         """x (B, L, D) fp32 -> the same, and the `wanted` signals."""
-        update, captured = self.mamba(self.norm(x, self.mamba.in_proj.weight.dtype), grid, wanted)
+        update, captured = self.mamba(self.norm(x, self.mamba.in_proj.weight.dtype), places, wanted)
         x = x + update
         if self.dw is not None:
-            x = self.dw(x.transpose(1, 2).unflatten(2, grid)).flatten(2).transpose(1, 2)
+            x = convolve(self.dw, x, places.tokens)
         return x, captured | capture(wanted, {"hidden": lambda: x})
 
-    def cost(self, length: int) -> Cost:
-        own = Cost() if self.dw is None else Cost(conv=typed(self.dw, Conv2d)[0].weight.numel() * length)
-        return self.mamba.cost(length) + own
+    def cost(self, length: int, places: int) -> Cost:
+        own = Cost() if self.dw is None else Cost(conv=typed(self.dw, Conv2d)[0].weight.numel() * places)
+        return self.mamba.cost(length, places) + own
 
 
 def _depthwise(d_model: int) -> nn.Sequential:
@@ -187,11 +228,9 @@ class PlainMamba(GridModel):
     """PlainMamba."""
 
     config: PlainMambaConfig
-    why_dense = "every block convolves the whole grid, and its scans pair a time step with the input of another place"
 
     def __init__(self, config: PlainMambaConfig, spec: ModelSpec | None = None) -> None:
-        super().__init__()
-        self.config, self.spec = config, spec
+        super().__init__(config, spec)
         self.backbone = Backbone(config, self._grid(config.image_size))
         self.head = Head(config.d_model, config.num_classes)
         reset_linear(self)
@@ -228,28 +267,36 @@ class PlainMamba(GridModel):
         grid = x.shape[2], x.shape[3]
         return (x.flatten(2).transpose(1, 2) + self.table(grid)).to(torch.float32), grid
 
-    def run(self, images: Tensor, layers: Collection[int]) -> tuple[Tensor, list[Tensor]]:
-        """(B, L, D), and the maps after the layers that are named."""
-        (x, grid), seen = self.embed(images), []
-        for i, layer in enumerate(self.blocks()):
-            x, _ = layer(x, grid)
-            if i in layers:
-                seen.append(x.transpose(1, 2).unflatten(2, grid))
-        return x, seen
+    def places(self, blocks: Sequence[nn.Module], tokens: Tokens) -> Places:
+        return Places.of(tokens)
 
-    def forward_head(self, x: Tensor) -> Tensor:
-        pooled = self.backbone.ln1(x).mean(1)
+    def run(self, images: Tensor, layers: Collection[int]) -> tuple[Tensor, list[Tensor]]:
+        """(B, D, H/16, W/16), and the maps after the layers that are named."""
+        x, grid = self.embed(images)
+        x, seen = self.through(self.blocks(), x, grid, layers=layers)
+        last, *maps = (rows.transpose(1, 2).unflatten(2, grid) for rows in (x, *seen))
+        return last, maps
+
+    def forward_head(self, tokens: Tokens) -> Tensor:
+        pooled = self.backbone.ln1(tokens.x).mean(1)
         return linear(pooled.to(self.head.fc.weight.dtype), self.head.fc).to(torch.float32)
 
-    def cost(self, image_size: ImageSize = None) -> Cost:
+    def sections(self, image_size: ImageSize = None) -> tuple[Section, ...]:
+        places, width = math.prod(self._grid(self.sides(image_size))), self.config.d_model
+        costs = tuple(cache(partial(layer.cost, places=places)) for layer in self.blocks())
+        return (Section(places, width, _EXPAND * width, costs, default_stages(len(costs))),)
+
+    def stem_cost(self, image_size: ImageSize = None) -> Cost:
         sides = self.sides(image_size)
         stem, grid = self.backbone.patch_embed, self._grid(sides)
         half = behind(typed(stem.stem, Conv2d)[0], sides)
-        costs = [Cost(head=self.head.fc.weight.numel(), stem=stem.projection.weight.numel() * math.prod(grid))]
+        costs = [Cost(stem=stem.projection.weight.numel() * math.prod(grid))]
         for convolution in typed((*stem.stem, *stem.convs), Conv2d):
             costs.append(Cost(stem=convolution.weight.numel() * math.prod(half)))
-        costs += [layer.cost(math.prod(grid)) for layer in self.blocks()]
         return total(costs)
+
+    def head_cost(self) -> Cost:
+        return Cost(head=self.head.fc.weight.numel())
 
 
 def _entry(name: str, config: PlainMambaConfig, counts: tuple[int, int], top1: float) -> ModelSpec:

@@ -11,13 +11,15 @@ INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
 
 @dataclass(frozen=True)
 class Preprocess:
-    """From a picture to the network's input: resize the short side, crop the centre, normalise.
+    """From a picture to the network's input: resize, crop the centre, normalise.
 
     Args:
         size: (height, width) of the input in pixels.
         crop: share of the resized picture that the crop keeps: 0.875 means resize to 256 for an input of 224.
         interpolation: one of `INTERPOLATIONS`.
         mean, std: of red, green and blue in [0, 1].
+        squash: resize both sides, whatever that does to the proportions, so that the crop leaves out the same share of
+            all four edges; else the short side, and more of the long one is cut off.
 
     Raises:
         ValueError: for a size, crop, interpolation, mean or std that cannot be used.
@@ -28,6 +30,7 @@ class Preprocess:
     interpolation: str
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    squash: bool = False
 
     def __post_init__(self) -> None:
         if len(self.size) != 2 or min(self.size) < 1:

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..kernels import reference
+from ..reduction import Tokens
 from .grid import Conv2d, GridConfig, LayerNorm, Permute, capture
 from .layers import Captured
-from .pyramid import Block, DirectedScan, Halving, PatchMerging, Pyramid, Stage
+from .orders import Walk, column_order, restricted
+from .pyramid import Block, DirectedScan, Halving, PatchMerging, Places, Pyramid, Stage
 from .spec import IMAGENET_MEAN, IMAGENET_STD, CheckpointFile, ModelSpec, Preprocess
 
 _MLP_RATIO = 4
@@ -37,38 +39,35 @@ class VMambaConfig(GridConfig):
 class CrossScan(DirectedScan):
     """Rows, columns, and both from their end ("SS2D", section 4.2)."""
 
-    def sum_of_scans(self, u: Tensor, wanted: Sequence[str]) -> tuple[Tensor, Captured]:
-        height, width = u.shape[1:3]
-        by_row, by_column = u.flatten(1, 2), u.transpose(1, 2).flatten(1, 2)  # (B, L, E)
-        rows = [self.direction(by_row, k, reverse=k == 2) for k in (0, 2)]
-        columns = [self.direction(by_column, k, reverse=k == 3) for k in (1, 3)]
-        along = kernels.scan(by_row.expand(2, *by_row.shape), rows)
-        down = kernels.scan(by_column.expand(2, *by_column.shape), columns)
+    def orders(self) -> tuple[str, ...]:
+        return ("columns",)
 
-        def turned(x: Tensor) -> Tensor:  # (B, L, ...): columns -> rows
-            return x.unflatten(1, (width, height)).transpose(1, 2).flatten(1, 2)
+    def sum_of_scans(self, u: Tensor, places: Places, wanted: Sequence[str]) -> tuple[Tensor, Captured]:
+        way = places.walks["columns"]
+        by_column = way.spread(u)  # (B, L, E)
+        rows = [self.direction(u, k, reverse=k == 2) for k in (0, 2)]
+        columns = [self.direction(by_column, k, reverse=k == 3) for k in (1, 3)]
+        along = kernels.scan(u.expand(2, *u.shape), rows)
+        down = kernels.scan(by_column.expand(2, *by_column.shape), columns)
 
         def each(signal: Callable[[Tensor, kernels.Direction], Tensor]) -> Tensor:
             (first, third), (second, fourth) = (
-                [signal(x, d) for d in pair] for x, pair in ((by_row, rows), (by_column, columns))
+                [signal(x, d) for d in pair] for x, pair in ((u, rows), (by_column, columns))
             )
-            return torch.stack([first, turned(second), third, turned(fourth)], dim=1)  # (B, S, L, .)
+            return torch.stack([first, way.left(second), third, way.left(fourth)], dim=1)  # (B, S, L, .)
+
+        def dt_mean() -> Tensor:
+            (first, third), (second, fourth) = along.dt_mean.unbind(1), down.dt_mean.unbind(1)
+            return torch.stack([first, way.left(second), third, way.left(fourth)], dim=1)
 
         signals = {
             "dt": lambda: each(lambda x, d: reference.step_size(d.dt, d.dt_bias, d.dt_weight, softplus=True)),
-            "dt_mean": lambda: torch.stack(
-                [
-                    *(along.dt_mean[:, 0], turned(down.dt_mean[:, 0])),
-                    *(along.dt_mean[:, 1], turned(down.dt_mean[:, 1])),
-                ],
-                dim=1,
-            ),
+            "dt_mean": dt_mean,
             "B": lambda: each(lambda x, d: d.B),
             "C": lambda: each(lambda x, d: d.C),
             "y": lambda: each(lambda x, d: kernels.scan(x[None], [d]).y),
         }
-        y = (along.y + turned(down.y)).unflatten(1, (height, width))
-        return y, capture(wanted, signals)
+        return along.y + way.left(down.y), capture(wanted, signals)
 
 
 def stem_of_patches(in_chans: int, d_model: int) -> nn.Sequential:
@@ -99,6 +98,10 @@ class VMamba(Pyramid):
             stages.append(Stage(blocks, None if s == last else down(width)))
         stem = stem_of_patches if vanilla else _stem_of_two
         super().__init__(config, spec, stem(config.in_chans, config.d_model), stages, width)
+
+    def walk(self, name: str, tokens: Tokens) -> Walk:
+        height, width = tokens.grid
+        return restricted(column_order((height, width), tokens.x.device), tokens.origin.keep)
 
 
 # names in files of the first generation, in the order in which they are replaced
