@@ -308,6 +308,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS), help="which parts (all)")
     parser.add_argument("--images", type=int, help="use only so many of the test images")
     parser.add_argument("--held-out", type=int, default=2000, help="use so many of the held-out images (%(default)s)")
+    parser.add_argument("--target", nargs="+", type=float, default=TARGETS, help="shares to save in the part `test`")
     parser.add_argument("--minutes", type=float, default=1e9, help="stop after so long; run again to continue")
     parser.add_argument("--no-run", action="store_true", help="print what is there, run nothing")
     parser.add_argument("--no-timing", action="store_true", help="measure no times")
@@ -323,7 +324,7 @@ def main() -> None:
         spread(open_dataset(given.test), given.images),
         cache(lambda: spread(held_out(given.train), given.held_out)),
         given.out,
-        TARGETS,
+        tuple(given.target),
         not given.no_run,
         not given.no_timing,
         time.monotonic() + 60 * given.minutes,

@@ -17,12 +17,11 @@ from torch import Tensor, nn
 
 from . import __version__, benchmark, info, methods
 from .apply import reduce
-from .calibrate import Calibration, calibrate, read_schedule
 from .compare import Entrant, Entry, compare, in_stages
-from .data import load_images, load_input
+from .data import load_input
 from .demo import MODEL, demo
 from .evaluate import spec_of, spread
-from .hub import from_pretrained, save_pretrained
+from .hub import from_pretrained
 from .kernels import cpu
 from .models import BUNDLED, MODELS, Model, create_model
 from .names import lookup

@@ -21,6 +21,7 @@ from ..reduction import (
     Score,
     Signals,
     as_grouped,
+    backward,
     by_size,
     centre,
     merged,
@@ -128,7 +129,7 @@ def hsa_released() -> Method:
     score = Score(
         "mirrored y_gated",
         ("y_gated",),
-        lambda signals: _reversed(signals.y_gated[:, 1].sum(dim=-1), 1),
+        lambda signals: _reversed(backward(signals.y_gated.sum(dim=-1)), 1),
         lambda d_model, d_inner: d_inner,
     )
     return topk(score, name="hsa_released", place=centre, source="ZLKong/ToP-ViM")

@@ -274,10 +274,6 @@ class LocalVim(FlatMamba):
                 places = self.places(tokens)
         return tokens, seen
 
-    def block_cost(self, length: int, convolved: int | None = None, scanned: int | None = None) -> Cost:
-        """MACs of one block for one image of `length` tokens, which is as many as it convolves and scans."""
-        return self.blocks()[0].cost(length)
-
     def pool(self, tokens: Tokens) -> Tensor:
         """(B, D): the class token, or the mean over the tokens, in which a merged one counts as often as its size."""
         if self.config.class_token:

@@ -214,11 +214,12 @@ def _entry(
 ) -> ModelSpec:
     repo, file = weights.split(":")
     where = f"nvidia/MambaVision-{repo}", f"mambavision_{file}.pth.tar", "state_dict"
+    squash = config.image_size == (512, 512)
     return ModelSpec(
         name=f"mambavision_{name}",
         family="mambavision",
         config=config,
-        preprocess=Preprocess(config.image_size, crop, "bicubic", IMAGENET_MEAN, IMAGENET_STD, squash=config.image_size == (512, 512)),
+        preprocess=Preprocess(config.image_size, crop, "bicubic", IMAGENET_MEAN, IMAGENET_STD, squash),
         checkpoint=CheckpointFile(*where, *counts, top1),
         licence="NVIDIA Source Code License-NC: no commercial use",
         source="https://github.com/NVlabs/MambaVision",
