@@ -7,7 +7,7 @@ lost.
 
 After a change in csrc/:  python setup.py build_ext --inplace      (with --force everything is compiled again)
 Another compiler:         CXX=clang++ python setup.py build_ext --inplace
-Flags of your own:        CXXFLAGS="-fsanitize=address" python setup.py build --build-lib DIR   (as `make sanitize` does)
+Flags of your own:        CXXFLAGS="-fsanitize=address" python setup.py build --build-lib DIR   (see make sanitize)
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ FLOORS = (
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 # rooms of one floor that may use each other, in this direction only
 BESIDE = {
+    ("reduction", "kernels"),
     ("models", "names"),
     ("report", "evaluate"),
     ("visualize", "evaluate"),

@@ -21,12 +21,14 @@ from .compare import Entrant, Entry, compare, in_stages
 from .data import load_input
 from .demo import MODEL, demo
 from .evaluate import spec_of, spread
+from .flops import count_flops
 from .hub import from_pretrained
 from .kernels import cpu
 from .models import BUNDLED, MODELS, Model, create_model
 from .names import lookup
 from .opening import model_label, open_model
-from .prepared import Unlabelled, open_data
+from .prepared import Unlabelled, open_data, prepare
+from .reduction import Schedule
 from .report import describe_machine, giga, percent, report, result, table, to_json
 
 # images that are classified at a time
@@ -102,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_reduction(classify)
     classify.add_argument("--method", help="what chooses the tokens (vsm, or mtr where the model has no place for it)")
+    classify.add_argument("--schedule", type=Path, metavar="FILE", help="a schedule that mambatrim calibrate wrote")
     classify.add_argument("--top", type=_at_least_one, default=5, metavar="N", help="classes to print (%(default)s)")
     _add_json(classify)
 
@@ -112,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_json(info)
     _add_benchmark(commands)
     _add_compare(commands)
+    _add_calibrate(commands)
     return parser
 
 
@@ -180,6 +184,32 @@ def _add_compare(commands: Any) -> None:
     compare.add_argument(
         "--out", type=Path, default=Path("comparison"), metavar="FOLDER", help="cells and tables (%(default)s)"
     )
+
+
+def _add_calibrate(commands: Any) -> None:
+    calibrate = _command(commands, "calibrate", _calibrate, "choose where tokens go, on a few hundred unlabelled images")
+    calibrate.add_argument(
+        "model",
+        metavar="MODEL",
+        help="name with weights in the package, NAME=FILE with a checkpoint, or folder of a saved model",
+    )
+    calibrate.add_argument(
+        "--images", required=True, metavar="DATA", help="a parquet or zip file, or a folder of images or videos"
+    )
+    calibrate.add_argument(
+        "--flops-reduction", type=_share, default=0.4, metavar="SHARE", help="share of the FLOPs to save (%(default)s)"
+    )
+    calibrate.add_argument("--method", default="vsm", help="what chooses the tokens (%(default)s)")
+    calibrate.add_argument(
+        "--limit", type=_at_least_one, default=256, metavar="N", help="use N of the images, evenly spread (%(default)s)"
+    )
+    calibrate.add_argument(
+        "--tries", type=_at_least_one, default=TRIES, metavar="N", help="schedules to measure at most (%(default)s)"
+    )
+    calibrate.add_argument(
+        "--out", type=Path, metavar="FILE", help="the schedule; beside it a .jsonl to continue from (named by the rest)"
+    )
+    calibrate.add_argument("--save", type=Path, metavar="FOLDER", help="save the model too, with this schedule")
 
 
 def _command(commands: Any, name: str, run: Any, text: str, computes: bool = True) -> argparse.ArgumentParser:
@@ -326,9 +356,22 @@ def _chosen_model(options: argparse.Namespace) -> Model:
         model = from_pretrained(options.model)
     else:
         model = create_model(options.model, weights=options.weights or _own_weights(options.model))
+    if options.schedule is not None:
+        return _scheduled(model, options)
     if saved and not options.flops_reduction:
         return model
     return reduce(model, flops_reduction=options.flops_reduction, method=options.method)
+
+
+def _scheduled(model: Model, options: argparse.Namespace) -> Model:
+    """The model with the schedule of a file, and the method that the file names."""
+    if options.flops_reduction:
+        raise ValueError("give --schedule or --flops-reduction, not both")
+    stored, own = read_schedule(options.schedule), spec_of(model).name
+    for word, given, wanted in (("model", own, stored.model), ("method", options.method, stored.method)):
+        if None not in (given, wanted) and given != wanted:
+            raise ValueError(f"the schedule in {options.schedule} is for {word} {wanted}, not {given}")
+    return reduce(model, schedule=stored.schedule, method=options.method or stored.method)
 
 
 def _own_weights(name: str) -> str:
@@ -433,6 +476,55 @@ def _compare(options: argparse.Namespace) -> int:
     print(f"\n{found.to_markdown()}\n")
     print(", ".join(str(path) for path in found.save(options.out)))
     return OK
+
+
+# ----------------------------------------------------------------------------------------------------------- calibrate
+
+
+def _calibrate(options: argparse.Namespace) -> int:
+    method = methods.get(options.method)
+    model, share = open_model(options.model), options.flops_reduction
+    out = options.out or Path(f"{model_label(options.model)}-{method.name}-{100 * share:g}.json")
+    if out.suffix == ".jsonl":
+        raise ValueError(f"{out} is the name of the file to continue from: let --out end in .json")
+    _check_folder(out)
+    images = _calibration_images(options.images, model, options.limit)
+    with _counter() as progress:
+
+        def say(done: int, most: int, least: float) -> None:
+            progress(done, most, f"divergence {least:.4f}")
+
+        found = calibrate(model, images, share, method, out.with_suffix(".jsonl"), options.tries, say)
+    out.write_text(found.to_json() + "\n", encoding="utf-8")
+    rows = [_calibration_row("calibrated", model, found, found.removed, found.kl)]
+    if found.default is not None and found.kl_default is not None:
+        rows.insert(0, _calibration_row("default stages", model, found, found.default, found.kl_default))
+    print(f"{found.model} with {found.method}, {found.images:,} images, {found.tried} schedules measured\n")
+    print(table(("schedule", "tokens", "FLOPs saved", "divergence"), rows))
+    print(f"\ndivergence: mean KL from the model with all tokens, in nats, on these images.\nschedule: {out}")
+    if options.save is not None:
+        save_pretrained(reduce(model, schedule=found.schedule, method=method), options.save)
+        print(f"model with it: {options.save}")
+    return OK
+
+
+def _calibration_row(name: str, model: Model, found: Calibration, removed: tuple[int, ...], kl: float) -> list[str]:
+    counted = count_flops(reduce(model, schedule=Schedule(removed), method=found.method))
+    tokens = " > ".join(map(str, dict.fromkeys(counted.lengths)))
+    return [name, tokens, percent(1 - counted.ratio, 2), f"{kl:.4f}"]
+
+
+def _calibration_images(path: str, model: Model, limit: int) -> Tensor:
+    """Inputs (n, 3, H, W), or (n, 3, T, H, W) of a video model, from a folder with a folder or file for each video."""
+    spec = spec_of(model)
+    if len(model.sides()) == 2:
+        prepared = prepare(Unlabelled(spread(open_data(path), limit)), spec.preprocess)
+        return prepared.inputs(spec.preprocess, 0, len(prepared))
+    if not Path(path).is_dir():
+        raise ValueError(f"{path} is no folder of videos, each a folder of frames or a file")
+    videos = sorted(Path(path).iterdir())
+    count = min(limit, len(videos))
+    return load_images([videos[index * len(videos) // count] for index in range(count)], spec)
 
 
 @contextlib.contextmanager

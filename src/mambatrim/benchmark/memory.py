@@ -52,8 +52,10 @@ def _resident(field: str) -> int:
 
 
 def _give_back() -> None:
-    """Return freed memory to the system, now and whenever 64 KiB or more are freed, where glibc is there to be asked."""
-    library = ctypes.CDLL(None) if os.name == "posix" else None
+    """Return freed memory to the system, now and whenever 64 KiB or more are freed, where glibc can be asked."""
+    if os.name != "posix":
+        return
+    library = ctypes.CDLL(None)
     if hasattr(library, "gnu_get_libc_version"):
         library.mallopt(_MMAP_THRESHOLD, 1 << 16)
         library.malloc_trim(0)

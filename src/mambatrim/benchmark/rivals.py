@@ -116,7 +116,7 @@ def rivals(model: nn.Module, image_size: Any, dtype: torch.dtype, device: torch.
 # --------------------------------------------------------------------------------------------------------------- scan
 
 
-def scan_arguments(batch: int, length: int, channels: int, states: int) -> dict[str, Tensor]:
+def scan_arguments(batch: int, length: int, channels: int, states: int) -> dict[str, Any]:
     """Random arguments of one direction with full step sizes: softplus, D and gate included."""
     return {
         "u": torch.randn(batch, length, channels),
@@ -130,7 +130,7 @@ def scan_arguments(batch: int, length: int, channels: int, states: int) -> dict[
     }
 
 
-def loop_scan(**arguments: Tensor) -> Tensor:
+def loop_scan(**arguments: Any) -> Tensor:
     """The definition: a lean loop over tokens."""
     return reference.selective_scan(**arguments)[0]
 

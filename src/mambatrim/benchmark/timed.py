@@ -219,7 +219,7 @@ def _scans(batch: int, length: int, model: Any, repeats: int, seconds: float | N
     ]
 
 
-def time_scans(arguments: dict[str, Tensor], repeats: int, seconds: float | None = None) -> dict[str, Timing]:
+def time_scans(arguments: dict[str, Any], repeats: int, seconds: float | None = None) -> dict[str, Timing]:
     """Milliseconds of one call of the kernel and of the others.
 
     Raises:

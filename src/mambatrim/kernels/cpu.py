@@ -17,13 +17,15 @@ LEVELS = ("generic", "avx2", "avx512")
 SCAN, SCAN_DIRECTION = "<21qd", "<27q"
 CONV, CONV_DIRECTION = "<17q", "<5q"
 NORM = "<10qd"
+# of the step between two blocks
+ROWS, NEAREST, LINKS, LIFT, MERGE = "<10q", "<13q", "<9q", "<12q", "<17q"
 CLUSTER = "<11qd"
 
 
 def _abi() -> int:
     scan = struct.calcsize(SCAN) + MAX_DIRECTIONS * struct.calcsize(SCAN_DIRECTION)
     conv = struct.calcsize(CONV) + MAX_DIRECTIONS * struct.calcsize(CONV_DIRECTION)
-    return 1000000 + scan + conv + struct.calcsize(NORM) + struct.calcsize(CLUSTER)
+    return 1000000 + scan + conv + sum(map(struct.calcsize, (NORM, CLUSTER, ROWS, NEAREST, LINKS, LIFT, MERGE)))
 
 
 @cache
@@ -64,10 +66,15 @@ def level(wanted: str | None = None) -> str:
     return LEVELS[library.mambatrim_level(-1 if wanted is None else LEVELS.index(wanted))]
 
 
+def compiled() -> bool:
+    """Whether the compiled kernels are there."""
+    return _load()[0] is not None
+
+
 def handles(*tensors: Tensor | None) -> bool:
     """Whether the compiled kernels take these tensors: built, and fp32 or bf16 throughout."""
     types = (torch.float32, torch.bfloat16)
-    return _load()[0] is not None and all(x is None or x.dtype in types for x in tensors)
+    return compiled() and all(x is None or x.dtype in types for x in tensors)
 
 
 def call(name: str, record: bytes) -> None:
@@ -78,8 +85,11 @@ def call(name: str, record: bytes) -> None:
     library, reason = _load()
     if library is None:
         raise RuntimeError(reason)
-    if getattr(library, f"mambatrim_{name}")(record):
+    code = getattr(library, f"mambatrim_{name}")(record)
+    if code == 1:
         raise MemoryError(f"not enough memory for the temporaries of {name}")
+    if code:
+        raise IndexError(f"{name}: a position lies outside the sequence, or is named twice")
 
 
 def rows(x: Tensor | None) -> tuple[int, int, int]:

@@ -71,3 +71,43 @@ struct ClusterArgs {
     int64_t keep, dest;              // out (B, M - r), (B, M) int64, contiguous
     double exponent;
 };
+
+// The step between two blocks (merge.h). Positions are int64; rows of one image lie side by side, and `*_batch` is the
+// distance between images where a tensor may be a part of a wider one.
+struct RowsArgs {
+    int64_t batch, directions, length, count, bytes, threads;  // bytes of a row
+    int64_t x;                                                 // (B, S, L, .), contiguous
+    int64_t positions, positions_batch;                        // (B, n)
+    int64_t y;                                                 // out (B, S, n, .)
+};
+
+struct NearestArgs {
+    int64_t batch, length, columns, sources, targets, threads;
+    int64_t x;                     // (B, L, F) fp32, contiguous
+    int64_t source, source_batch;  // (B, n)
+    int64_t target, target_batch;  // (B, m)
+    int64_t nearest, similarity;   // out (B, n) int64, (B, n) fp32
+};
+
+struct LinksArgs {
+    int64_t batch, length, sources;
+    int64_t source, source_batch;  // (B, r)
+    int64_t target, target_batch;  // (B, r), or null: the sources are gone
+    int64_t keep, dest;            // out (B, L - r), (B, L)
+};
+
+struct LiftArgs {
+    int64_t batch, length, special, kept, patches;  // L, n, K, M = L - n
+    int64_t positions;                              // (B, M): the patches in the full sequence
+    int64_t fixed, fixed_batch;                     // (B, n): the special tokens in it
+    int64_t plan_keep, plan_dest;                   // (B, K), (B, M)
+    int64_t keep, dest;                             // out (B, K + n), (B, L)
+};
+
+struct MergeArgs {
+    int64_t batch, first, length, kept, columns, threads;   // L0, L, K, D
+    int64_t keep, dest;                                     // (B, K), (B, L): the step
+    int64_t origin_keep, origin_dest;                       // (B, L), (B, L0): all steps before
+    int64_t weight, size, x;                                // (B, L) fp32 twice, (B, L, D) fp32
+    int64_t out_size, out_x, out_keep, out_dest;            // (B, K), (B, K, D), (B, K), (B, L0)
+};

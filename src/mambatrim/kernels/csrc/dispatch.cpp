@@ -10,6 +10,11 @@
     extern "C" int virtual_conv_forward_##isa(const ConvArgs*); \
     extern "C" int norm_forward_##isa(const NormArgs*);  \
     extern "C" int norm_backward_##isa(const NormArgs*); \
+    extern "C" int take_rows_##isa(const RowsArgs*);     \
+    extern "C" int nearest_##isa(const NearestArgs*);    \
+    extern "C" int links_##isa(const LinksArgs*);        \
+    extern "C" int lift_##isa(const LiftArgs*);          \
+    extern "C" int merge_##isa(const MergeArgs*); \
     extern "C" int agglomerate_##isa(const ClusterArgs*);
 
 DECLARE(generic)
@@ -40,7 +45,8 @@ Level level = supported;
 
 // A change here without a change in kernels/cpu.py (or the other way round) must not load.
 extern "C" int64_t mambatrim_abi() {
-    return 1000000 + (int64_t)(sizeof(ScanArgs) + sizeof(ConvArgs) + sizeof(NormArgs) + sizeof(ClusterArgs));
+    return 1000000 + (int64_t)(sizeof(ScanArgs) + sizeof(ConvArgs) + sizeof(NormArgs) + sizeof(ClusterArgs) +
+                                sizeof(RowsArgs) + sizeof(NearestArgs) + sizeof(LinksArgs) + sizeof(LiftArgs) + sizeof(MergeArgs));
 }
 
 // 0 generic, 1 AVX2, 2 AVX-512. `wanted` < 0 asks only; more than the processor has is not taken. For tests and benchmarks.
@@ -69,4 +75,9 @@ DISPATCH(virtual_scan_forward, ScanArgs)
 DISPATCH(virtual_conv_forward, ConvArgs)
 DISPATCH(norm_forward, NormArgs)
 DISPATCH(norm_backward, NormArgs)
+DISPATCH(take_rows, RowsArgs)
+DISPATCH(nearest, NearestArgs)
+DISPATCH(links, LinksArgs)
+DISPATCH(lift, LiftArgs)
+DISPATCH(merge, MergeArgs)
 DISPATCH(agglomerate, ClusterArgs)

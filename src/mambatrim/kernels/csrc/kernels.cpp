@@ -1,6 +1,7 @@
 // Compiled once per instruction set: -DMAMBATRIM_ISA=generic, avx2 or avx512 names the exported functions.
 #include "cluster.h"
 #include "conv.h"
+#include "merge.h"
 #include "norm.h"
 #include "scan.h"
 #include "virtual.h"
@@ -54,3 +55,8 @@ EXPORT(norm_backward)(const NormArgs* p) {
     return p->bfloat16_out ? norm_backward<bf16>(*p) : norm_backward<float>(*p);
 }
 EXPORT(agglomerate)(const ClusterArgs* p) { return agglomerate(*p); }
+EXPORT(take_rows)(const RowsArgs* p) { return take_rows(*p); }
+EXPORT(nearest)(const NearestArgs* p) { return nearest(*p); }
+EXPORT(links)(const LinksArgs* p) { return links(*p); }
+EXPORT(lift)(const LiftArgs* p) { return lift(*p); }
+EXPORT(merge)(const MergeArgs* p) { return merge(*p); }
