@@ -4,7 +4,7 @@
 
 For each method a schedule is calibrated on images of the training file that recipes/train_cifar10.py trains on, without
 their labels, and compared with the schedules of its default stages and of every second block from the first to the
-middle, on images that the training recipe holds out. Prints a Markdown table. Schedules, journal and cells are in --out.
+middle, on images that the training recipe holds out. Prints a Markdown table. All is kept in --out.
 """
 
 from __future__ import annotations

@@ -148,7 +148,8 @@ def main() -> None:
     (images, _), (held, labels) = load_split(given.data)
     held, labels = held[: given.held_out], labels[: given.held_out]
     done = train(student, teacher, images, given)
-    save_file({name: value.contiguous() for name, value in student.state_dict().items()}, given.out / "model.safetensors")
+    weights = {name: value.contiguous() for name, value in student.state_dict().items()}
+    save_file(weights, given.out / "model.safetensors")
     dense, answers = figures(teacher, None, held, labels)
     before, _ = figures(reduced, answers, held, labels)
     after, _ = figures(student, answers, held, labels)

@@ -199,7 +199,7 @@ def test_info_tells_about_one(capsys: Capture) -> None:
         "5.077 G",
     )
     assert [fact for fact in facts if fact not in out] == []
-    assert "after blocks 4, 9, 14" in out
+    assert "after blocks 0, 4, 8, 12" in out
 
 
 def test_info_in_json_and_for_another_size(capsys: Capture) -> None:

@@ -31,7 +31,7 @@ def noise(seed: int = 0, size: int = 32) -> Image.Image:
 
 
 def test_trace_gives_the_tokens_after_every_stage(model: Vim) -> None:
-    fast = mambatrim.reduce(model, flops_reduction=0.4)
+    fast = mambatrim.reduce(model, flops_reduction=0.4, method="mtr")
     images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     stages = trace(fast, images)
     kept = [65 - sum(fast.reducer.schedule.removed[: block + 1]) for block in (2, 4, 7)]
@@ -45,7 +45,7 @@ def test_trace_gives_the_tokens_after_every_stage(model: Vim) -> None:
 
 
 def test_trace_leaves_the_model_as_it_was(model: Vim) -> None:
-    fast = mambatrim.reduce(model, flops_reduction=0.4)
+    fast = mambatrim.reduce(model, flops_reduction=0.4, method="mtr")
     before, reducer = list(fast._modules), fast.reducer
     images = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -101,7 +101,7 @@ def test_boxes_cover_the_picture_once() -> None:
 
 
 def test_visualize_draws_a_row_per_image_and_a_column_per_stage(model: Vim, tmp_path: Path) -> None:
-    fast = mambatrim.reduce(model, flops_reduction=0.4)
+    fast = mambatrim.reduce(model, flops_reduction=0.4, method="mtr")
     noise().save(tmp_path / "noise.png")
     one = mambatrim.visualize(fast, tmp_path / "noise.png")
     two = visualize(fast, [str(tmp_path / "noise.png"), noise(1)])
@@ -140,7 +140,7 @@ def test_titles_may_be_given_and_any_image_size_works(model: Vim) -> None:
 
 
 def test_what_cannot_be_drawn_is_refused(model: Vim, tmp_path: Path) -> None:
-    fast = mambatrim.reduce(model, flops_reduction=0.4)
+    fast = mambatrim.reduce(model, flops_reduction=0.4, method="mtr")
     with pytest.raises(ValueError, match="keeps all of its tokens"):
         visualize(model, noise())
     with pytest.raises(ValueError, match="at least one image"):

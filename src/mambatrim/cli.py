@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from . import __version__, benchmark, info, methods
 from .apply import reduce
+from .calibrate import TRIES, Calibration, calibrate, read_schedule
 from .compare import Entrant, Entry, compare, in_stages
-from .data import load_input
+from .data import load_images, load_input
 from .demo import MODEL, demo
 from .evaluate import spec_of, spread
 from .flops import count_flops
-from .hub import from_pretrained
+from .hub import from_pretrained, save_pretrained
 from .kernels import cpu
 from .models import BUNDLED, MODELS, Model, create_model
 from .names import lookup
@@ -187,7 +188,7 @@ def _add_compare(commands: Any) -> None:
 
 
 def _add_calibrate(commands: Any) -> None:
-    calibrate = _command(commands, "calibrate", _calibrate, "choose where tokens go, on a few hundred unlabelled images")
+    calibrate = _command(commands, "calibrate", _calibrate, "choose where tokens go by a few hundred unlabelled images")
     calibrate.add_argument(
         "model",
         metavar="MODEL",
