@@ -164,7 +164,7 @@ def test_the_command(model, tmp_path, monkeypatch, capsys):
     for wrong, said in (
         ([*classify, "--method", "mtr"], "is for method vsm, not mtr"),
         ([*classify, "--flops-reduction", "0.2"], "not both"),
-        ([*classify[:-2], "images/0.png"], "images/0.png cannot be read"),
+        ([*classify[:-2], "images/0.png"], "images/0.png holds no schedule"),
         ([*words, "--out", "no/where.json"], "cannot be written"),
         ([*words[:3], "nowhere"], "nowhere"),
     ):

@@ -26,7 +26,7 @@ from mambatrim.report import (
 def test_a_report_says_what_ran_and_on_what() -> None:
     with torch.device("meta"):
         model = mambatrim.create_model("vim_cifar10")
-    fast = mambatrim.reduce(model, flops_reduction=0.4)
+    fast = mambatrim.reduce(model, flops_reduction=0.4, method="mtr")
     content = json.loads(to_json(report("test", [result("dense", model, {"top1": 0.5}), result("fast", fast, {})])))
     assert list(content) == ["schema", "kind", "versions", "machine", "results"]
     assert (content["schema"], content["kind"]) == (SCHEMA, "test")

@@ -148,3 +148,9 @@ def test_what_cannot_be_drawn_is_refused(model: Vim, tmp_path: Path) -> None:
     (tmp_path / "cat.jpg").write_text("miaow")
     with pytest.raises(ValueError, match="cat.jpg is no image"):
         visualize(fast, tmp_path / "cat.jpg")
+
+
+def test_windows_are_refused() -> None:
+    model = mambatrim.reduce(mambatrim.create_model("mambavision_tiny"), flops_reduction=0.2)
+    with pytest.raises(ValueError, match="one grid of patches"):
+        visualize(model, noise(0, 64))

@@ -174,7 +174,7 @@ def load_images(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
 def load_input(path: str | os.PathLike[str], spec: ModelSpec) -> Tensor:
     """As `load_images`, for one path: (3, H, W), or (3, T, H, W)."""
-    *frames, _, _ = spec.config.sides
+    *frames, _, _ = getattr(spec.config, "sides", spec.preprocess.size)
     if not frames:
         return preprocess(read_image(path), spec.preprocess)
     return torch.stack([preprocess(frame, spec.preprocess) for frame in read_video(path, frames[0])], dim=1)

@@ -73,6 +73,8 @@ def visualize(
     logits, stages = _run(model, inputs)
     if len(stages[0].grid) != 2:
         raise ValueError(f"only models of images can be drawn, and {spec.name} has a patch grid {stages[0].grid}")
+    if any(len(stage.x) != len(inputs) or stage.grid != stages[0].grid for stage in stages):
+        raise ValueError(f"only models with one grid of patches can be drawn, and {spec.name} has stages or windows")
     full, _ = _run(with_reducer(model, Reducer.dense()), inputs)
     count = min(len(stages), MOST_STAGES)
     drawn = sorted(len(stages) - 1 - i * len(stages) // count for i in range(count))
