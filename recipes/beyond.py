@@ -314,6 +314,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--no-timing", action="store_true", help="measure no times")
     parser.add_argument("--out", type=Path, default=Path("runs/beyond"), help="cells and tables (%(default)s)")
     parser.add_argument("--page", type=Path, help="page whose marked places the tables are put into")
+    parser.add_argument("--under", default="", help="suffix of the markers, where models need different options")
     return parser.parse_args()
 
 
@@ -334,7 +335,7 @@ def main() -> None:
         print(f"\n## {name}\n\n{text}\n", flush=True)
         if given.page and text:
             machine = f"\n\nOn {describe_machine()}." if name == "test" else ""
-            write_page(given.page, name, text + machine, by="recipes/beyond.py")
+            write_page(given.page, name + given.under, text + machine, by="recipes/beyond.py")
             for picture in given.out.glob("beyond-*.png"):
                 (given.page.parent / picture.name).write_bytes(picture.read_bytes())
 
