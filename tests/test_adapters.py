@@ -27,7 +27,7 @@ from mambatrim.compat.mamba import Mamba
 from mambatrim.methods import METHODS
 from mambatrim.models.mamba_reg import MambaReg, MambaRegConfig
 from mambatrim.models.videomamba import VideoMamba, VideoMambaConfig
-from mambatrim.reduction import SIGNALS, Schedule, Signals, Tokens
+from mambatrim.reduction import AS_IT_STANDS, SIGNALS, Schedule, Signals, Tokens
 from test_vim import tiny
 
 STEPS = Schedule((0, 3, 0, 4, 2, 0))
@@ -71,7 +71,7 @@ def test_official_vim_equals_our_own_dense_and_reduced(seed):
     assert torch.equal(theirs(x), dense)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name in METHODS if methods.get(name).sequence is AS_IT_STANDS])
 @torch.no_grad()
 def test_every_method(name):
     ours, theirs = pair()
@@ -527,6 +527,7 @@ def test_refuses_in_one_sentence():
     refused("for the 6 blocks of OfficialVim", schedule=(0, 0, 0, 0, 0, 0))
     refused("has no Mamba blocks that OFFICIAL_VIM knows", nn.Sequential(nn.Linear(3, 3)))
     refused("has 2 lists of Mamba blocks", nn.ModuleDict({"a": theirs, "b": OfficialVim()}))
+    refused("only as it stands, and method 'vsm' wants .*sequence=AS_IT_STANDS", method="vsm")
     refused("use mambatrim.reduce", ours)
     refused("unknown method 'tomme'", method="tomme")
     refused("a factory has to be called first", method=methods.mtr)
