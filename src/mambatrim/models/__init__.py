@@ -33,7 +33,7 @@ __all__ = [
     "list_models",
 ]
 
-# flat models have a reducer; grid models keep all their tokens
+# flat models lose tokens for good; grid models have them all again behind a section
 Model = FlatMamba | GridModel
 
 MODELS: dict[str, ModelSpec] = {
