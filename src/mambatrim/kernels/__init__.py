@@ -4,6 +4,7 @@ from .clustering import agglomerate, cluster_macs
 from .convolution import causal_conv1d
 from .linear import linear
 from .norm import rms_norm
+from .projection import project
 from .scan import Direction, Scan, scan, selective_scan
 from .scan_operator import scan_macs
 from .virtual import Virtual
@@ -17,6 +18,7 @@ __all__ = [
     "causal_conv1d",
     "cluster_macs",
     "linear",
+    "project",
     "rms_norm",
     "scan",
     "scan_macs",

@@ -80,7 +80,7 @@ def _conv_pytorch(x: Tensor, weight: list[Tensor], bias: list[Tensor], reverse: 
     )
 
 
-def _conv_cpu(x: Tensor, weight: list[Tensor], bias: list[Tensor], reverse: list[bool], silu: bool) -> Tensor:
+def conv_cpu(x: Tensor, weight: list[Tensor], bias: list[Tensor], reverse: list[bool], silu: bool) -> Tensor:
     if cpu.handles(x):
         weight, bias = [w.contiguous() for w in weight], [b.contiguous() for b in bias]
         return _forward(cpu.dense_rows(x), weight, bias, reverse, silu)
@@ -133,7 +133,7 @@ ARGUMENTS = "Tensor x, Tensor[] weight, Tensor[] bias, bool[] reverse, bool silu
 register(
     "causal_conv1d",
     f"({ARGUMENTS}) -> Tensor",
-    *(_conv_cpu, gpu.form("triton_rows", "conv_forward", _conv_pytorch), _conv_fake, _conv_setup, _conv_grad),
+    *(conv_cpu, gpu.form("triton_rows", "conv_forward", _conv_pytorch), _conv_fake, _conv_setup, _conv_grad),
 )
 register(
     "causal_conv1d_backward",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import conv_operator  # noqa: F401 (registers the operator)
+from . import conv_operator, cpu
 from . import virtual as virtual_sequence
 from .library import MAX_DIRECTIONS, wide
 from .virtual import Virtual
@@ -42,6 +42,7 @@ def causal_conv1d(
     exact = wide(x)
     taps, offsets = [w.to(exact) for w in weight], [b.to(exact) for b in bias]
     if virtual is None:
-        return torch.ops.mambatrim.causal_conv1d(x, taps, offsets, list(reverse), silu)
+        run = conv_operator.conv_cpu if cpu.direct(x, *weight, *bias) else torch.ops.mambatrim.causal_conv1d
+        return run(x, taps, offsets, list(reverse), silu)
     virtual_sequence.check(virtual, *x.shape[:2])
     return virtual_sequence.conv1d(x, taps, offsets, list(reverse), silu, virtual)

@@ -8,15 +8,19 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .library import MAX_DIRECTIONS
 
+_PLAIN = (Tensor, nn.Parameter)
 LEVELS = ("generic", "avx2", "avx512")
 # the records of csrc/abi.h, in 8-byte fields: head, one direction
-SCAN, SCAN_DIRECTION = "<21qd", "<27q"
+SCAN, SCAN_DIRECTION = "<22qd", "<27q"
 CONV, CONV_DIRECTION = "<17q", "<5q"
-NORM = "<10qd"
+NORM, PROJECT = "<10qd", "<11q"
 # of the step between two blocks
 ROWS, NEAREST, LINKS, LIFT, MERGE = "<10q", "<13q", "<9q", "<12q", "<17q"
 CLUSTER = "<11qd"
@@ -25,7 +29,7 @@ CLUSTER = "<11qd"
 def _abi() -> int:
     scan = struct.calcsize(SCAN) + MAX_DIRECTIONS * struct.calcsize(SCAN_DIRECTION)
     conv = struct.calcsize(CONV) + MAX_DIRECTIONS * struct.calcsize(CONV_DIRECTION)
-    return 1000000 + scan + conv + sum(map(struct.calcsize, (NORM, CLUSTER, ROWS, NEAREST, LINKS, LIFT, MERGE)))
+    return 1000000 + scan + conv + sum(map(struct.calcsize, (NORM, PROJECT, CLUSTER, ROWS, NEAREST, LINKS, LIFT, MERGE)))
 
 
 @cache
@@ -75,6 +79,17 @@ def handles(*tensors: Tensor | None) -> bool:
     """Whether the compiled kernels take these tensors: built, and fp32 or bf16 throughout."""
     types = (torch.float32, torch.bfloat16)
     return compiled() and all(x is None or x.dtype in types for x in tensors)
+
+
+def direct(*tensors: Tensor) -> bool:
+    """Whether the compiled kernels may be called on these tensors past the dispatcher, which costs more than a small
+    kernel: compiled, on a CPU, nothing recorded or transformed, no gradient wanted."""
+    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode()
+    if recorded or forward_ad._current_level >= 0 or peek_interpreter_stack() is not None or not compiled():
+        return False
+    grad = torch.is_grad_enabled()
+    # subclasses are the tensors of tracers and of other people: they have no memory of their own to point to
+    return all(type(x) in _PLAIN and x.is_cpu and not (grad and x.requires_grad) for x in tensors)
 
 
 def call(name: str, record: bytes) -> None:

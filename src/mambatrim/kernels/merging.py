@@ -2,7 +2,7 @@
 assignments (definitions in PyTorch: reduction/assignment.py and reduction/matching.py).
 
 A step is many small operations, and at batch 1 it costs what calling them costs. So these kernels are called directly,
-not as operators, where `direct` says that they can be; whoever compiles, exports, traces or needs a gradient gets the
+not as operators, where `cpu.direct` says that they can be; whoever compiles, exports, traces or needs a gradient gets the
 PyTorch form.
 """
 
@@ -12,22 +12,12 @@ import struct
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import cpu
 
 _ROWS, _NEAREST, _LINKS, _LIFT, _MERGE = (
     struct.Struct(record).pack for record in (cpu.ROWS, cpu.NEAREST, cpu.LINKS, cpu.LIFT, cpu.MERGE)
 )
-
-
-def direct(*tensors: Tensor) -> bool:
-    """Whether the kernels may take these tensors: compiled, on a CPU, nothing recorded, no gradient wanted."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode() or not cpu.compiled():
-        return False
-    grad = torch.is_grad_enabled()
-    # subclasses are the tensors of tracers and of other people: they have no memory of their own to point to
-    return all(type(x) is Tensor and x.is_cpu and not (grad and x.requires_grad) for x in tensors)
 
 
 def take_rows(x: Tensor, positions: Tensor, directions: int = 1) -> Tensor:

@@ -21,7 +21,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, dtype: torch.dtype | 
             f"weight must have the length of the last dimension of x, {x.shape[-1]}, got {tuple(weight.shape)}"
         )
     exact = wide(x)
-    return torch.ops.mambatrim.rms_norm(x.to(exact), weight.to(exact), eps, dtype or x.dtype)
+    run = _norm_cpu if cpu.direct(x, weight) else torch.ops.mambatrim.rms_norm
+    return run(x.to(exact), weight.to(exact), eps, dtype or x.dtype)
 
 
 def _record(x: Tensor, eps: float, dtype: torch.dtype, pointers: Sequence[int]) -> bytes:

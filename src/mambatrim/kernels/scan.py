@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import scan_operator  # noqa: F401 (registers the operator)
+from . import cpu, scan_operator
 from . import virtual as virtual_sequence
 from .library import MAX_DIRECTIONS, wide
 from .virtual import Virtual
@@ -24,13 +24,16 @@ class Direction(NamedTuple):
     """One direction of a scan: its parameters and its token-dependent projections."""
 
     dt: Tensor  # (B, L, R), or (B, L, E) without dt_weight: before bias and softplus
-    A: Tensor  # (E, N), negative
+    A: Tensor  # (E, N), negative; log(-A) where the scan is told so
     B: Tensor  # (B, L, N)
     C: Tensor  # (B, L, N)
     D: Tensor | None = None  # (E)
     dt_bias: Tensor | None = None  # (E)
     dt_weight: Tensor | None = None  # (E, R)
     reverse: bool = False
+
+
+TENSORS = Direction._fields[:-1]
 
 
 class Scan(NamedTuple):
@@ -49,6 +52,7 @@ def scan(
     softplus: bool = True,
     scale: float = 1.0,
     virtual: Virtual | None = None,
+    log_A: bool = False,
 ) -> Scan:
     """`scale` times the sum of the selective scans of several directions, gated with silu(z).
 
@@ -60,25 +64,27 @@ def scan(
         softplus: whether the time step is softplus(dt + bias), or dt + bias as it stands.
         scale: 0.5 averages two directions (Vim), 1 adds them (VideoMamba).
         virtual: positions that the L rows stand for; every row gets the mean of what its positions would.
+        log_A: the directions have log(-A) in the place of A, as checkpoints do.
 
     Raises:
         ValueError: a shape, a dtype or a device does not fit; the sentence names the argument.
     """
     _check_scan(u, directions, z, repeats)
     exact = wide(u)
-
-    def each(name: str) -> list[Tensor]:
-        values = [getattr(d, name) for d in directions]
-        return [] if values[0] is None else [v.to(exact) for v in values]
-
+    *tensors, reverse = zip(*directions, strict=True)  # of each field the values of all directions
+    lists = [[] if values[0] is None else [x.to(exact) for x in values] for values in tensors]
     gate = None if z is None else z.to(u.dtype)
     factor = None if repeats is None else repeats.to(exact)
-    names = ("dt", "A", "B", "C", "D", "dt_bias", "dt_weight")
-    reverse = [d.reverse for d in directions]
-    arguments = (*map(each, names), gate, factor, reverse, softplus, scale)
+    arguments = (*lists, gate, factor, list(reverse), softplus, scale)
+    if virtual is not None:
+        virtual_sequence.check(virtual, *u.shape[1:3])
+    given = [x for x in (u, gate, factor, *(virtual or ()), *(x for items in lists for x in items)) if x is not None]
+    if cpu.direct(*given) and cpu.handles(u):
+        return Scan(*scan_operator.record(u, *arguments, log_A=log_A).forward(virtual))
+    if log_A:
+        lists[1][:] = [-torch.exp(a) for a in lists[1]]
     if virtual is None:
         return Scan(*torch.ops.mambatrim.selective_scan(u, *arguments))
-    virtual_sequence.check(virtual, *u.shape[1:3])
     return Scan(*virtual_sequence.scan(virtual, u, *arguments))
 
 
@@ -152,31 +158,30 @@ def _check_scan(u: Tensor, directions: Sequence[Direction], z: Tensor | None, re
         )
     if not u.is_floating_point():
         raise ValueError(f"u must be of a floating-point dtype, got {u.dtype}")
-    batch, length, channels = u.shape[1:]
-    for d in directions:
-        states = d.A.shape[-1]
-        width = channels if d.dt_weight is None else d.dt_weight.shape[-1]
-        expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
-            "A": (d.A, (channels, states)),
-            "B": (d.B, (batch, length, states)),
-            "C": (d.C, (batch, length, states)),
-            "dt": (d.dt, (batch, length, width)),
-            "D": (d.D, (channels,)),
-            "dt_bias": (d.dt_bias, (channels,)),
-            "dt_weight": (d.dt_weight, (channels, width)),
-            "z": (z, (batch, length, channels)),
-            "repeats": (repeats, (batch, length)),
-        }
-        for name, (value, shape) in expected.items():
-            if value is None:
-                if name != "z" and name != "repeats" and getattr(directions[0], name) is not None:
-                    raise ValueError(f"{name} must be given for all directions or for none")
-                continue
-            if tuple(value.shape) != shape:
-                raise ValueError(f"{name} must have shape {shape} to fit u {tuple(u.shape)}, got {tuple(value.shape)}")
-            if value.device != u.device:
-                raise ValueError(f"{name} must be on the device of u, {u.device}, got {value.device}")
-            if not value.is_floating_point():
-                raise ValueError(f"{name} must be of a floating-point dtype, got {value.dtype}")
-        if not 1 <= states <= MAX_STATES or states != directions[0].A.shape[-1]:
-            raise ValueError(f"A must have the same 1 to {MAX_STATES} states in every direction, got {states}")
+    _, batch, length, channels = u.shape
+    first, device = directions[0], u.device
+    states = first.A.shape[-1]
+    if not 1 <= states <= MAX_STATES:
+        raise ValueError(f"A must have 1 to {MAX_STATES} states, got {states}")
+    width = channels if first.dt_weight is None else first.dt_weight.shape[-1]
+    row = (batch, length, states)
+    # in the order of Direction's fields
+    shapes = ((batch, length, width), (channels, states), row, row, (channels,), (channels,), (channels, width))
+    for direction in directions:
+        for name, value, shape, like in zip(TENSORS, direction, shapes, first, strict=False):
+            if (value is None) != (like is None):
+                raise ValueError(f"{name} must be given for all directions or for none")
+            _check_tensor(name, value, shape, u, device)
+    _check_tensor("z", z, (batch, length, channels), u, device)
+    _check_tensor("repeats", repeats, (batch, length), u, device)
+
+
+def _check_tensor(name: str, x: Tensor | None, shape: tuple[int, ...], u: Tensor, device: torch.device) -> None:
+    if x is None:
+        return
+    if x.shape != shape:
+        raise ValueError(f"{name} must have shape {shape} to fit u {tuple(u.shape)}, got {tuple(x.shape)}")
+    if x.device != device:
+        raise ValueError(f"{name} must be on the device of u, {device}, got {x.device}")
+    if not x.is_floating_point():
+        raise ValueError(f"{name} must be of a floating-point dtype, got {x.dtype}")

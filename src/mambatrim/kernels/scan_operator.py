@@ -25,6 +25,8 @@ ARGUMENTS = (
     "Tensor u, Tensor[] dt, Tensor[] A, Tensor[] B, Tensor[] C, Tensor[] D, Tensor[] dt_bias, Tensor[] dt_weight, "
     "Tensor? z, Tensor? repeats, bool[] reverse, bool softplus, float scale"
 )
+_HEAD, _DIRECTION = struct.Struct(cpu.SCAN).pack, struct.Struct(cpu.SCAN_DIRECTION).pack
+_NO_GRADS = (0,) * 7
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Record:
     reverse: Sequence[bool]
     softplus: bool
     scale: float
+    log_A: bool = False  # A holds log(-A); of the forward pass only
 
     def forward(self, virtual: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """y (B, L, E), dt_mean (B, S, L), state (S, B, E, N); over a virtual sequence where its source (B, T) and share
@@ -53,6 +56,8 @@ class Record:
         y = self.u.new_empty(batch, length, channels)
         dt_mean = self.u.new_empty(batch, directions, length, dtype=torch.float32)
         state = self.u.new_empty(directions, batch, channels, self.A[0].shape[1], dtype=torch.float32)
+        if virtual is not None:
+            virtual = (virtual[0].contiguous(), virtual[1].contiguous())
         if y.numel():
             name = "scan_forward" if virtual is None else "virtual_scan_forward"
             cpu.call(name, self._record(y=y, dt_mean=dt_mean, state=state, virtual=virtual))
@@ -92,8 +97,7 @@ class Record:
         virtual: tuple[Tensor, Tensor] | None = None,
     ) -> bytes:
         directions, batch, length, channels = self.u.shape
-        head = struct.pack(
-            cpu.SCAN,
+        head = _HEAD(
             *(batch, length, channels, self.A[0].shape[1]),
             self.dt_weight[0].shape[1] if self.dt_weight else 0,
             *(directions, self.softplus, self.u.dtype == torch.bfloat16, torch.get_num_threads()),
@@ -102,26 +106,29 @@ class Record:
             *cpu.rows(grad_y),
             cpu.pointer(grad_z),
             *cpu.virtual(virtual),
-            self.scale,
+            *(self.log_A, self.scale),
         )
         records = [head]
+        u, u_batch, u_token = cpu.rows(self.u[0])
+        u_direction = self.u.stride(0) * self.u.element_size()
         for s in range(directions):
-            mean = None if dt_mean is None else dt_mean[:, s]
+            mean = (0, 0) if dt_mean is None else (dt_mean.data_ptr() + 4 * s * length, dt_mean.stride(0))
+            last = 0 if state is None else state.data_ptr() + 4 * s * state.stride(0)
             records.append(
-                struct.pack(
-                    cpu.SCAN_DIRECTION,
-                    *(field for x in (self.u, self.dt, self.B, self.C) for field in cpu.rows(x[s])),
-                    *(x[s].data_ptr() if len(x) else 0 for x in (self.A, self.D, self.dt_weight, self.dt_bias)),
-                    self.reverse[s],
-                    *(cpu.pointer(mean), 0 if mean is None else mean.stride(0)),
-                    0 if state is None else state[s].data_ptr(),
-                    *((g[s].data_ptr() for g in grads) if grads else (0,) * 7),
+                _DIRECTION(
+                    *(u + s * u_direction, u_batch, u_token),
+                    *cpu.rows(self.dt[s]),
+                    *cpu.rows(self.B[s]),
+                    *cpu.rows(self.C[s]),
+                    *(x[s].data_ptr() if x else 0 for x in (self.A, self.D, self.dt_weight, self.dt_bias)),
+                    *(self.reverse[s], *mean, last),
+                    *([g[s].data_ptr() for g in grads] if grads else _NO_GRADS),
                 )
             )
         return cpu.padded(b"".join(records), cpu.SCAN, cpu.SCAN_DIRECTION)
 
 
-def record(u: Tensor, *rest: Any) -> Record:
+def record(u: Tensor, *rest: Any, log_A: bool = False) -> Record:
     """The arguments of the operator, made contiguous where the kernel needs it."""
     dt, A, B, C, D, dt_bias, dt_weight, z, repeats, reverse, softplus, scale = rest
 
@@ -145,6 +152,7 @@ def record(u: Tensor, *rest: Any) -> Record:
         reverse=reverse,
         softplus=softplus,
         scale=scale,
+        log_A=log_A,
     )
 
 
@@ -166,7 +174,7 @@ def _scan_pytorch(u: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     return total.to(u.dtype), torch.stack(means, dim=1), torch.stack(states)
 
 
-def _scan_cpu(u: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+def scan_cpu(u: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     if cpu.handles(u):
         return record(u, *rest).forward()
     return _scan_pytorch(u, *rest)
@@ -263,7 +271,7 @@ def _scan_grad(ctx: Any, grad_y: Tensor | None, *others: None) -> tuple[Any, ...
 register(
     "selective_scan",
     f"({ARGUMENTS}) -> (Tensor y, Tensor dt_mean, Tensor state)",
-    *(_scan_cpu, gpu.form("triton_scan", "scan_forward", _scan_pytorch), fake, _scan_setup, _scan_grad),
+    *(scan_cpu, gpu.form("triton_scan", "scan_forward", _scan_pytorch), fake, _scan_setup, _scan_grad),
 )
 register(
     "selective_scan_backward",

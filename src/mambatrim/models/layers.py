@@ -85,21 +85,21 @@ class BiMambaMixer(nn.Module):
         weights = [self.conv1d.weight.squeeze(1), self.conv1d_b.weight.squeeze(1)]
         biases = [_given(self.conv1d.bias), _given(self.conv1d_b.bias)]
         u = kernels.causal_conv1d(hidden, weights, biases, reverse=(False, True), virtual=convolved)  # (2, B, L, E)
-        forward, backward = u.unbind(0)
+        forward, backward = kernels.project(u, [self.x_proj.weight, self.x_proj_b.weight])
         directions = [
-            self._direction(forward, self.x_proj, self.dt_proj, self.A_log, self.D, False),
-            self._direction(backward, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b, True),
+            self._direction(forward, self.dt_proj, self.A_log, self.D, False),
+            self._direction(backward, self.dt_proj_b, self.A_b_log, self.D_b, True),
         ]
-        scan = kernels.scan(u, directions, z, repeats, scale=self.scale, virtual=scanned)
+        scan = kernels.scan(u, directions, z, repeats, scale=self.scale, virtual=scanned, log_A=True)
         update = kernels.linear(scan.y, self.out_proj.weight)  # (B, L, D)
         return update, _capture(wanted, u, directions, z, scan.dt_mean, update) if wanted else {}
 
     def _direction(
-        self, u: Tensor, x_proj: nn.Linear, dt_proj: nn.Linear, A_log: Tensor, D: Tensor, reverse: bool
+        self, projected: Tensor, dt_proj: nn.Linear, A_log: Tensor, D: Tensor, reverse: bool
     ) -> kernels.Direction:
         sizes = [self.dt_rank, self.d_state, self.d_state]
-        dt, B, C = kernels.linear(u, x_proj.weight).split(sizes, dim=-1)  # (B, L, R), (B, L, N), (B, L, N)
-        return kernels.Direction(dt, -torch.exp(A_log), B, C, D, dt_proj.bias, dt_proj.weight, reverse)
+        dt, B, C = projected.split(sizes, dim=-1)  # (B, L, R), (B, L, N), (B, L, N)
+        return kernels.Direction(dt, A_log, B, C, D, dt_proj.bias, dt_proj.weight, reverse)
 
     def cost(self, length: int, convolved: int | None = None, scanned: int | None = None) -> Cost:
         """MACs for one image of `length` tokens, the scan as 9 E N L as in the literature.
@@ -151,7 +151,7 @@ def _capture(
     if "C" in wanted:
         found["C"] = torch.stack([d.C for d in directions], dim=1)
     if "y" in wanted or "y_gated" in wanted:
-        found["y"] = torch.stack([kernels.scan(u[s : s + 1], [d]).y for s, d in enumerate(directions)], dim=1)
+        found["y"] = torch.stack([kernels.scan(u[s : s + 1], [d], log_A=True).y for s, d in enumerate(directions)], dim=1)
         found["y_gated"] = found["y"] * F.silu(z)[:, None]  # (B, S, L, E)
     return {name: found[name] for name in wanted if name in found}
 

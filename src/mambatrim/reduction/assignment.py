@@ -9,14 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels import merging
+from ..kernels import cpu, merging
 
 
 def take_rows(x: Tensor, positions: Tensor) -> Tensor:
     """Rows of each image at its own positions: x (B, L, ...), positions (B, n) -> (B, n, ...)."""
     if x.ndim == 2:
         return x.gather(1, positions)
-    if merging.direct(x, positions) and x.is_contiguous():
+    if cpu.direct(x, positions) and x.is_contiguous():
         return merging.take_rows(x, positions)
     rows = x.flatten(0, 1).index_select(0, _flat(positions, x.shape[1]))  # (B*n, ...)
     return rows.reshape(*positions.shape, *x.shape[2:])
@@ -72,7 +72,7 @@ class Assignment:
     def from_prune(source: Tensor, length: int) -> "Assignment":
         """The tokens at `source` (B, r), distinct, are gone: L -> L - r."""
         _check_count("source", source.shape[1], length)
-        if merging.direct(source):
+        if cpu.direct(source):
             return Assignment(*merging.links(source, None, length))
         survives = torch.ones(source.shape[0], length, dtype=torch.bool, device=source.device)
         return _from_mask(survives.scatter(1, source, False), length - source.shape[1])
@@ -87,7 +87,7 @@ class Assignment:
             raise ValueError(
                 f"source and target must have one shape (B, r), got {tuple(source.shape)} and {tuple(target.shape)}"
             )
-        if merging.direct(source, target):
+        if cpu.direct(source, target):
             _check_count("source", source.shape[1], length)
             return Assignment(*merging.links(source, target, length))
         pruned = Assignment.from_prune(source, length)

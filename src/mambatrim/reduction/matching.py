@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels import merging
+from ..kernels import cpu, merging
 from .assignment import take_rows
 
 # rows of the similarity matrix that exist at a time: all of them up to 512 patches (one product, as if unblocked), and
@@ -37,7 +37,7 @@ def cosine(feature: Tensor, source: Tensor, target: Tensor, nth: int = 1) -> Lin
         target: (B, m) positions to choose from.
         nth: 1 for the best, 2 for the second best, ...; the last where there are fewer.
     """
-    if nth == 1 and target.shape[1] and feature.dtype == torch.float32 and merging.direct(feature, source, target):
+    if nth == 1 and target.shape[1] and feature.dtype == torch.float32 and cpu.direct(feature, source, target):
         return Links(*merging.nearest(feature, source, target))
     a, b = unit(take_rows(feature, source)), unit(take_rows(feature, target))  # (B, n, F), (B, m, F)
     return _best(a, b, target, nth, lambda a, b: a @ b.transpose(1, 2))

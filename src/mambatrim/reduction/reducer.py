@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..kernels import merging
+from ..kernels import cpu, merging
 from .assignment import Assignment, or_gone, take_rows
 from .choices import by_size, exact
 from .schedule import Schedule, default_stages
@@ -221,7 +221,7 @@ def _of_patches(signal: Tensor, positions: Tensor, axis: int) -> Tensor:
     if axis == 1:
         return take_rows(signal, positions)
     batch, directions = signal.shape[:2]
-    if merging.direct(signal, positions) and signal.is_contiguous():
+    if cpu.direct(signal, positions) and signal.is_contiguous():
         return merging.take_rows(signal.flatten(0, 1), positions, directions).unflatten(0, (batch, directions))
     rows = take_rows(signal.flatten(0, 1), positions.repeat_interleave(directions, dim=0))  # (B*S, M, .)
     return rows.unflatten(0, (batch, directions))
@@ -234,7 +234,7 @@ def _lift(plan: Assignment, patches: Assignment, special: Tensor) -> Assignment:
     """
     if special.shape[1] == 0:
         return plan
-    if merging.direct(plan.keep, special):
+    if cpu.direct(plan.keep, special):
         return Assignment(*merging.lift((plan.keep, plan.dest), patches.keep, special, patches.length))
     kept = patches.keep.gather(1, plan.keep)  # (B, K) positions in the full sequence
     step = Assignment.from_keep(torch.cat([special, kept], dim=1), patches.length)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels import merging
+from ..kernels import cpu, merging
 from .assignment import Assignment, take_rows
 
 # names that a block can return, and the axis of the tokens in each: 1 in (B, L, .), 2 in (B, S, L, .)
@@ -62,7 +62,7 @@ class Tokens:
     def reduce(self, assignment: Assignment, weight: Tensor) -> "Tokens":
         """Apply a step L -> K: rows become means weighted by `weight` (B, L), sizes add up, origins compose."""
         fp32 = self.x.dtype == weight.dtype == self.size.dtype == torch.float32
-        if fp32 and merging.direct(self.x, weight, self.size, assignment.keep, self.origin.keep):
+        if fp32 and cpu.direct(self.x, weight, self.size, assignment.keep, self.origin.keep):
             step, before = ((a.keep, a.dest) for a in (assignment, self.origin))
             x, size, after = merging.merge(self.x, weight, self.size, step, before)
             return Tokens(x, size, Assignment(*after), self.grid)

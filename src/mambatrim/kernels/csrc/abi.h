@@ -36,6 +36,7 @@ struct ScanArgs {
     int64_t grad_y, grad_y_batch, grad_y_token;  // (B, L, E) T
     int64_t grad_z;                  // out (B, L, E) T, contiguous, or null
     int64_t steps, source, share;    // of a virtual sequence: T, (B, T) int64 row of each position, (B, L) fp32
+    int64_t log_a;                   // 1: `a` holds log(-A), as checkpoints do
     double scale;                    // factor on the sum of the directions
     ScanDirection direction[4];
 };
@@ -63,6 +64,12 @@ struct NormArgs {
     int64_t x, weight, y;                      // x (rows, D) fp32, weight (D) fp32, y (rows, D) T; contiguous
     int64_t grad_y, grad_x, grad_weight;       // (rows, D) T, (rows, D) fp32, (D) fp32
     double eps;
+};
+
+struct ProjectArgs {
+    int64_t directions, rows, inputs, outputs, threads;
+    int64_t x, y;       // (S, rows, E) fp32; out (S, rows, O) fp32; contiguous
+    int64_t weight[4];  // (O, E) fp32, contiguous
 };
 
 struct ClusterArgs {

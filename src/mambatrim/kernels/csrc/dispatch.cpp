@@ -10,6 +10,7 @@
     extern "C" int virtual_conv_forward_##isa(const ConvArgs*); \
     extern "C" int norm_forward_##isa(const NormArgs*);  \
     extern "C" int norm_backward_##isa(const NormArgs*); \
+    extern "C" int project_##isa(const ProjectArgs*);    \
     extern "C" int take_rows_##isa(const RowsArgs*);     \
     extern "C" int nearest_##isa(const NearestArgs*);    \
     extern "C" int links_##isa(const LinksArgs*);        \
@@ -45,7 +46,7 @@ Level level = supported;
 
 // A change here without a change in kernels/cpu.py (or the other way round) must not load.
 extern "C" int64_t mambatrim_abi() {
-    return 1000000 + (int64_t)(sizeof(ScanArgs) + sizeof(ConvArgs) + sizeof(NormArgs) + sizeof(ClusterArgs) +
+    return 1000000 + (int64_t)(sizeof(ScanArgs) + sizeof(ConvArgs) + sizeof(NormArgs) + sizeof(ClusterArgs) + sizeof(ProjectArgs) +
                                 sizeof(RowsArgs) + sizeof(NearestArgs) + sizeof(LinksArgs) + sizeof(LiftArgs) + sizeof(MergeArgs));
 }
 
@@ -75,6 +76,7 @@ DISPATCH(virtual_scan_forward, ScanArgs)
 DISPATCH(virtual_conv_forward, ConvArgs)
 DISPATCH(norm_forward, NormArgs)
 DISPATCH(norm_backward, NormArgs)
+DISPATCH(project, ProjectArgs)
 DISPATCH(take_rows, RowsArgs)
 DISPATCH(nearest, NearestArgs)
 DISPATCH(links, LinksArgs)

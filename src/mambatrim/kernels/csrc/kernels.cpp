@@ -3,6 +3,7 @@
 #include "conv.h"
 #include "merge.h"
 #include "norm.h"
+#include "project.h"
 #include "scan.h"
 #include "virtual.h"
 
@@ -54,6 +55,7 @@ EXPORT(norm_forward)(const NormArgs* p) {
 EXPORT(norm_backward)(const NormArgs* p) {
     return p->bfloat16_out ? norm_backward<bf16>(*p) : norm_backward<float>(*p);
 }
+EXPORT(project)(const ProjectArgs* p) { return project(*p); }
 EXPORT(agglomerate)(const ClusterArgs* p) { return agglomerate(*p); }
 EXPORT(take_rows)(const RowsArgs* p) { return take_rows(*p); }
 EXPORT(nearest)(const NearestArgs* p) { return nearest(*p); }

@@ -24,12 +24,13 @@ struct Packed {
 
 INLINE int lanes(int64_t channels, int64_t block) { return (int)smaller(W, channels - block * W); }
 
-INLINE void pack_rows(vf* out, const float* in, int64_t columns, int64_t first, int m, float factor) {
-    for (int64_t j = 0; j < columns; j++) {
-        vf x{};
-        for (int i = 0; i < m; i++) x[i] = in[(first + i) * columns + j] * factor;
-        out[j] = x;
-    }
+// m rows of (., columns), from row `first` on, as columns: out[j] has element j of every row, zeros in the other lanes.
+INLINE void pack_rows(vf* out, const float* in, int64_t columns, int64_t first, int m) {
+    if (m < W)
+        for (int64_t j = 0; j < columns; j++) out[j] = vf{};
+    float* lane = (float*)out;
+    for (int i = 0; i < m; i++)
+        for (int64_t j = 0; j < columns; j++) lane[j * W + i] = in[(first + i) * columns + j];
 }
 
 // Where the parameters of each direction lie in `out`, which holds blocks * (N + R + 2) vectors per direction.
@@ -47,8 +48,10 @@ INLINE void pack(const ScanArgs& p, const Packed* packed, int64_t block) {
     const int m = lanes(p.channels, block);
     for (int64_t s = 0; s < p.directions; s++) {
         const ScanDirection& dir = p.direction[s];
-        pack_rows(packed[s].a + block * n, (const float*)dir.a, n, block * W, m, LOG2E);
-        if (r) pack_rows(packed[s].weight + block * r, (const float*)dir.weight, r, block * W, m, 1.0f);
+        vf* a = packed[s].a + block * n;
+        pack_rows(a, (const float*)dir.a, n, block * W, m);
+        for (int64_t i = 0; i < n; i++) a[i] = (p.log_a ? -exp(a[i]) : a[i]) * LOG2E;
+        if (r) pack_rows(packed[s].weight + block * r, (const float*)dir.weight, r, block * W, m);
         packed[s].bias[block] = dir.bias ? load((const float*)dir.bias + block * W, m) : vf{};
         packed[s].d[block] = dir.d ? load((const float*)dir.d + block * W, m) : vf{};
     }

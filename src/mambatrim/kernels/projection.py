@@ -1,0 +1,40 @@
+"""Narrow projections of several directions at once: x_proj, which makes dt, B and C of a scan."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import cpu
+from .library import MAX_DIRECTIONS
+from .linear import linear
+
+# beyond, the library is as fast (benchmarks/cpu.py, section `projection`)
+MOST_ROWS = 1024
+_RECORD = struct.Struct(cpu.PROJECT).pack
+
+
+def project(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+    """x (S, B, L, E) times S weights (O, E) transposed -> S times (B, L, O).
+
+    For inference in fp32 on a CPU one compiled kernel makes all of them where the rows are few, so that a matrix library
+    would spend as much on its set-up as on the product; else each is a product of its own.
+    """
+    few = x.numel() <= MOST_ROWS * x.shape[0] * x.shape[3]
+    if few and cpu.direct(x, *weights) and all(each.dtype == torch.float32 for each in (x, *weights)):
+        return _compiled(x.contiguous(), [weight.contiguous() for weight in weights])
+    return [linear(one, weight) for one, weight in zip(x.unbind(0), weights, strict=True)]
+
+
+def _compiled(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+    directions, batch, length, inputs = x.shape
+    outputs = weights[0].shape[0]
+    y = x.new_empty(directions, batch, length, outputs)
+    if y.numel():
+        head = (directions, batch * length, inputs, outputs, torch.get_num_threads())
+        pointers = [weight.data_ptr() for weight in weights]
+        cpu.call("project", _RECORD(*head, x.data_ptr(), y.data_ptr(), *pointers, *[0] * (MAX_DIRECTIONS - directions)))
+    return list(y.unbind(0))
