@@ -77,11 +77,15 @@ class BiMambaMixer(nn.Module):
             A_log.copy_(torch.arange(1, self.d_state + 1).log().expand(self.d_inner, -1))
             D.fill_(1.0)
 
-    def forward(self, x: Tensor, wanted: Sequence[str] = (), layout: Layout | None = None) -> tuple[Tensor, Captured]:
+    def forward(
+        self, x: Tensor, wanted: Sequence[str] = (), layout: Layout | None = None, norm: RMSNorm | None = None
+    ) -> tuple[Tensor, Captured]:
         """x (B, L, D) -> (B, L, D), and the signals that are `wanted` (reduction.SIGNALS), all tokens in token
-        order; `layout` says what tokens of the stem the L rows stand for, where that matters."""
+        order; `layout` says what tokens of the stem the L rows stand for, where that matters; `norm` is applied first,
+        here because what it makes is free again after one product."""
         repeats, convolved, scanned = _virtual(layout)
-        hidden, z = kernels.linear(x, self.in_proj.weight).chunk(2, dim=-1)  # (B, L, E) each
+        weight = self.in_proj.weight
+        hidden, z = kernels.linear(x if norm is None else norm(x, weight.dtype), weight).chunk(2, dim=-1)  # (B, L, E) each
         weights = [self.conv1d.weight.squeeze(1), self.conv1d_b.weight.squeeze(1)]
         biases = [_given(self.conv1d.bias), _given(self.conv1d_b.bias)]
         u = kernels.causal_conv1d(hidden, weights, biases, reverse=(False, True), virtual=convolved)  # (2, B, L, E)
@@ -91,8 +95,13 @@ class BiMambaMixer(nn.Module):
             self._direction(backward, self.dt_proj_b, self.A_b_log, self.D_b, True),
         ]
         scan = kernels.scan(u, directions, z, repeats, scale=self.scale, virtual=scanned, log_A=True)
-        update = kernels.linear(scan.y, self.out_proj.weight)  # (B, L, D)
-        return update, _capture(wanted, u, directions, z, scan.dt_mean, update) if wanted else {}
+        captured = _capture(wanted, u, directions, z, scan.dt_mean) if wanted else {}
+        y = scan.y
+        del hidden, z, u, forward, backward, directions, scan  # most of a block's memory, and the product needs y alone
+        update = kernels.linear(y, self.out_proj.weight)  # (B, L, D)
+        if "update" in wanted:
+            captured["update"] = update
+        return update, captured
 
     def _direction(
         self, projected: Tensor, dt_proj: nn.Linear, A_log: Tensor, D: Tensor, reverse: bool
@@ -139,10 +148,9 @@ def _capture(
     directions: Sequence[kernels.Direction],
     z: Tensor,
     dt_mean: Tensor,
-    update: Tensor,
 ) -> Captured:
-    """Only what is asked for is computed; the mean of the time step and the update are there anyway."""
-    found: Captured = {"dt_mean": dt_mean, "update": update}
+    """Only what is asked for is computed; the mean of the time step is there anyway."""
+    found: Captured = {"dt_mean": dt_mean}
     if "dt" in wanted:
         steps = [reference.step_size(d.dt, d.dt_bias, d.dt_weight, softplus=True) for d in directions]
         found["dt"] = torch.stack(steps, dim=1)  # (B, S, L, E)
@@ -166,7 +174,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, wanted: Sequence[str] = (), layout: Layout | None = None) -> tuple[Tensor, Captured]:
         """x (B, L, D) fp32 -> the same, and the `wanted` signals; `layout` as for the mixer."""
-        update, captured = self.mixer(self.norm(x, self.mixer.in_proj.weight.dtype), wanted, layout)
+        update, captured = self.mixer(x, wanted, layout, self.norm)
         x = x + update
         if "hidden" in wanted:
             captured["hidden"] = x
