@@ -30,7 +30,7 @@ demo: venv
 	$(BIN)/mambatrim demo
 
 test: venv
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: venv
 	$(BIN)/ruff check .

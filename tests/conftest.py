@@ -4,6 +4,7 @@ official code, and every registered model at tiny size."""
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,10 @@ from torch import Tensor, nn
 
 from mambatrim.kernels import cpu
 from mambatrim.models import _BUILD, MODELS, ModelSpec
+
+# workers share the cores, and each would take all of them
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
 
 FOLDERS = (Path(__file__).parent / "golden", Path(__file__).parents[2] / "shared" / "golden")
 
