@@ -358,6 +358,56 @@ def test_products_and_their_gradients(shape):
 # ------------------------------------------------------------------------------------- operators of PyTorch, mistakes
 
 
+@pytest.mark.parametrize("shape", [(2, 7, 40, 21), (1, 1, 1, 1), (3, 65, 96, 44), (2, 600, 33, 5), (0, 3, 4, 4)])
+def test_projections_of_all_directions(backend, shape):
+    batch, length, inputs, outputs = shape
+    x, weights = torch.randn(2, batch, length, inputs), [torch.randn(outputs, inputs) for _ in range(2)]
+    found = kernels.project(x, weights)
+    assert len(found) == 2
+    for one, weight, y in zip(x, weights, found, strict=True):
+        torch.testing.assert_close(y, (one.double() @ weight.double().T).float(), rtol=1e-5, atol=1e-4)
+    half = kernels.project(x.bfloat16(), [weight.bfloat16() for weight in weights])
+    assert half[0].dtype == torch.bfloat16
+
+
+def test_projections_have_gradients():
+    x, weights = torch.randn(2, 1, 5, 8, requires_grad=True), [torch.randn(3, 8, requires_grad=True) for _ in range(2)]
+    torch.stack(kernels.project(x, weights)).sum().backward()
+    for s in range(2):
+        torch.testing.assert_close(x.grad[s], weights[s].sum(0).expand(1, 5, 8))
+        torch.testing.assert_close(weights[s].grad, x[s, 0].sum(0).expand(3, 8))
+
+
+def test_the_logarithm_of_a_in_its_place(backend):
+    u, lines, z = make(2, 9, 20, 16, 4)
+    logs = [line._replace(A=torch.log(-line.A)) for line in lines]
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            expected, found = kernels.scan(u, lines, z), kernels.scan(u, logs, z, log_A=True)
+        torch.testing.assert_close(found.y, expected.y, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found.state, expected.state, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not BUILT, reason="the kernels were not compiled")
+def test_where_the_dispatcher_may_be_passed():
+    x, weight = torch.randn(3, 8), torch.nn.Parameter(torch.ones(8))
+    assert not cpu.direct(x, weight)  # a gradient is wanted
+    with torch.no_grad():
+        assert cpu.direct(x, weight)
+        assert not cpu.direct(x.as_subclass(type("Foreign", (torch.Tensor,), {})))
+        with torch.autograd.forward_ad.dual_level():
+            assert not cpu.direct(x)
+        with FlopCounterMode(display=False):
+            assert not cpu.direct(x)
+        seen = []
+        torch.func.vmap(lambda row: (seen.append(cpu.direct(row)), row)[1])(x)
+        assert seen == [False]
+        # both ways give the same bits
+        torch.testing.assert_close(
+            kernels.rms_norm(x, weight), torch.ops.mambatrim.rms_norm(x, weight, 1e-5, x.dtype), rtol=0, atol=0
+        )
+
+
 def scan_arguments(requires_grad=True):
     u, lines, z = make(2, 7, 16, 4, 2)
     if not requires_grad:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import conv_operator, cpu
 from . import virtual as virtual_sequence
-from .library import MAX_DIRECTIONS, wide
+from .library import MAX_DIRECTIONS, cast, wide
 from .virtual import Virtual
 
 MAX_TAPS = 8
@@ -40,7 +40,7 @@ def causal_conv1d(
     if not 1 <= weight[0].shape[1] <= MAX_TAPS or any(w.shape != weight[0].shape for w in weight):
         raise ValueError(f"all weights must have the same 1 to {MAX_TAPS} taps, got {[w.shape[1] for w in weight]}")
     exact = wide(x)
-    taps, offsets = [w.to(exact) for w in weight], [b.to(exact) for b in bias]
+    taps, offsets = [cast(w, exact) for w in weight], [cast(b, exact) for b in bias]
     if virtual is None:
         run = conv_operator.conv_cpu if cpu.direct(x, *weight, *bias) else torch.ops.mambatrim.causal_conv1d
         return run(x, taps, offsets, list(reverse), silu)

@@ -29,7 +29,8 @@ CLUSTER = "<11qd"
 def _abi() -> int:
     scan = struct.calcsize(SCAN) + MAX_DIRECTIONS * struct.calcsize(SCAN_DIRECTION)
     conv = struct.calcsize(CONV) + MAX_DIRECTIONS * struct.calcsize(CONV_DIRECTION)
-    return 1000000 + scan + conv + sum(map(struct.calcsize, (NORM, PROJECT, CLUSTER, ROWS, NEAREST, LINKS, LIFT, MERGE)))
+    others = (NORM, PROJECT, CLUSTER, ROWS, NEAREST, LINKS, LIFT, MERGE)
+    return 1000000 + scan + conv + sum(map(struct.calcsize, others))
 
 
 @cache

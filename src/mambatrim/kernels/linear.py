@@ -45,7 +45,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _onednn(x: Tensor, weight: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, None, "none", [], "")
 
 
 def _cpu(x: Tensor, weight: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 assignments (definitions in PyTorch: reduction/assignment.py and reduction/matching.py).
 
 A step is many small operations, and at batch 1 it costs what calling them costs. So these kernels are called directly,
-not as operators, where `cpu.direct` says that they can be; whoever compiles, exports, traces or needs a gradient gets the
-PyTorch form.
+not as operators, where `cpu.direct` says that they can be; whoever compiles, exports, traces or needs a gradient gets
+the PyTorch form.
 """
 
 from __future__ import annotations

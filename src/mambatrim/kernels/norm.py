@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import cpu, gpu, reference
-from .library import register, wide
+from .library import cast, register, wide
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, dtype: torch.dtype | None = None) -> Tensor:
@@ -22,7 +22,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, dtype: torch.dtype | 
         )
     exact = wide(x)
     run = _norm_cpu if cpu.direct(x, weight) else torch.ops.mambatrim.rms_norm
-    return run(x.to(exact), weight.to(exact), eps, dtype or x.dtype)
+    return run(cast(x, exact), cast(weight, exact), eps, dtype or x.dtype)
 
 
 def _record(x: Tensor, eps: float, dtype: torch.dtype, pointers: Sequence[int]) -> bytes:

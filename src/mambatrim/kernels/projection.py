@@ -20,13 +20,18 @@ _RECORD = struct.Struct(cpu.PROJECT).pack
 def project(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
     """x (S, B, L, E) times S weights (O, E) transposed -> S times (B, L, O).
 
-    For inference in fp32 on a CPU one compiled kernel makes all of them where the rows are few, so that a matrix library
+    For inference in fp32 on a CPU one compiled kernel makes all of them where the rows are few, and a matrix library
     would spend as much on its set-up as on the product; else each is a product of its own.
     """
-    few = x.numel() <= MOST_ROWS * x.shape[0] * x.shape[3]
-    if few and cpu.direct(x, *weights) and all(each.dtype == torch.float32 for each in (x, *weights)):
+    # the first question decides alone where a graph is recorded: sizes may be symbols there
+    if cpu.direct(x, *weights) and cpu.handles(x) and _small(x, *weights):
         return _compiled(x.contiguous(), [weight.contiguous() for weight in weights])
     return [linear(one, weight) for one, weight in zip(x.unbind(0), weights, strict=True)]
+
+
+def _small(x: Tensor, *weights: Tensor) -> bool:
+    fp32 = all(each.dtype == torch.float32 for each in (x, *weights))
+    return fp32 and x.shape[1] * x.shape[2] <= MOST_ROWS
 
 
 def _compiled(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:

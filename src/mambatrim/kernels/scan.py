@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import cpu, scan_operator
 from . import virtual as virtual_sequence
-from .library import MAX_DIRECTIONS, wide
+from .library import MAX_DIRECTIONS, cast, wide
 from .virtual import Virtual
 
 MAX_STATES = 256
@@ -72,9 +72,9 @@ def scan(
     _check_scan(u, directions, z, repeats)
     exact = wide(u)
     *tensors, reverse = zip(*directions, strict=True)  # of each field the values of all directions
-    lists = [[] if values[0] is None else [x.to(exact) for x in values] for values in tensors]
-    gate = None if z is None else z.to(u.dtype)
-    factor = None if repeats is None else repeats.to(exact)
+    lists = [[] if values[0] is None else [cast(x, exact) for x in values] for values in tensors]
+    gate = None if z is None else cast(z, u.dtype)
+    factor = None if repeats is None else cast(repeats, exact)
     arguments = (*lists, gate, factor, list(reverse), softplus, scale)
     if virtual is not None:
         virtual_sequence.check(virtual, *u.shape[1:3])
@@ -168,7 +168,7 @@ def _check_scan(u: Tensor, directions: Sequence[Direction], z: Tensor | None, re
     # in the order of Direction's fields
     shapes = ((batch, length, width), (channels, states), row, row, (channels,), (channels,), (channels, width))
     for direction in directions:
-        for name, value, shape, like in zip(TENSORS, direction, shapes, first, strict=False):
+        for name, value, shape, like in zip(TENSORS, direction[:-1], shapes, first[:-1], strict=True):
             if (value is None) != (like is None):
                 raise ValueError(f"{name} must be given for all directions or for none")
             _check_tensor(name, value, shape, u, device)

@@ -85,7 +85,8 @@ class BiMambaMixer(nn.Module):
         here because what it makes is free again after one product."""
         repeats, convolved, scanned = _virtual(layout)
         weight = self.in_proj.weight
-        hidden, z = kernels.linear(x if norm is None else norm(x, weight.dtype), weight).chunk(2, dim=-1)  # (B, L, E) each
+        projected = kernels.linear(x if norm is None else norm(x, weight.dtype), weight)
+        hidden, z = projected.chunk(2, dim=-1)  # (B, L, E) each
         weights = [self.conv1d.weight.squeeze(1), self.conv1d_b.weight.squeeze(1)]
         biases = [_given(self.conv1d.bias), _given(self.conv1d_b.bias)]
         u = kernels.causal_conv1d(hidden, weights, biases, reverse=(False, True), virtual=convolved)  # (2, B, L, E)
@@ -97,7 +98,16 @@ class BiMambaMixer(nn.Module):
         scan = kernels.scan(u, directions, z, repeats, scale=self.scale, virtual=scanned, log_A=True)
         captured = _capture(wanted, u, directions, z, scan.dt_mean) if wanted else {}
         y = scan.y
-        del hidden, z, u, forward, backward, directions, scan  # most of a block's memory, and the product needs y alone
+        del (
+            projected,
+            hidden,
+            z,
+            u,
+            forward,
+            backward,
+            directions,
+            scan,
+        )  # most of a block's memory, and the product needs y alone
         update = kernels.linear(y, self.out_proj.weight)  # (B, L, D)
         if "update" in wanted:
             captured["update"] = update
@@ -159,7 +169,8 @@ def _capture(
     if "C" in wanted:
         found["C"] = torch.stack([d.C for d in directions], dim=1)
     if "y" in wanted or "y_gated" in wanted:
-        found["y"] = torch.stack([kernels.scan(u[s : s + 1], [d], log_A=True).y for s, d in enumerate(directions)], dim=1)
+        scans = [kernels.scan(u[s : s + 1], [d], log_A=True) for s, d in enumerate(directions)]
+        found["y"] = torch.stack([one.y for one in scans], dim=1)  # (B, S, L, E)
         found["y_gated"] = found["y"] * F.silu(z)[:, None]  # (B, S, L, E)
     return {name: found[name] for name in wanted if name in found}
 
