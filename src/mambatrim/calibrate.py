@@ -27,6 +27,7 @@ from .apply import reduce
 from .cells import describe, key, weights_digest
 from .evaluate import spec_of
 from .flops import Trunk, count_flops, sections, solve
+from .hub import is_usual
 from .reduction import Method, Schedule, default_stages
 from .report import percent, table
 
@@ -177,7 +178,7 @@ def calibrate(
         removed=best,
         method=chosen.name,
         options=describe(chosen),
-        usual=chosen.name in methods.METHODS and describe(chosen) == describe(methods.get(chosen.name)),
+        usual=is_usual(chosen),
         model=spec_of(model).name,
         weights=bench.about["weights"],
         flops=flops.total,
