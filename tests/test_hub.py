@@ -168,9 +168,17 @@ def test_what_a_configuration_cannot_hold_is_refused(tmp_path):
 
 
 def test_every_method_with_its_default_options_can_be_saved():
-    assert [name for name in methods.METHODS if not hub._alike(methods.get(name), methods.get(name))] == []
+    assert [name for name in methods.METHODS if not hub.is_usual(methods.get(name))] == []
 
 
 def test_a_config_of_another_family_is_refused():
     with pytest.raises(ValueError, match="the config of the family vmamba is a VMambaConfig, not a VimConfig"):
         build(replace(MODELS["vmamba_tiny_s1l8"], config=TINY))
+
+
+def test_another_sequence_policy_is_refused(tmp_path):
+    """A name cannot say it, and the model must not come back as another one."""
+    model = mambatrim.create_model("vim_cifar10")
+    fast = mambatrim.reduce(model, 0.3, method=mambatrim.methods.running(mambatrim.methods.mtr()))
+    with pytest.raises(ValueError, match="not one of the library with its default options"):
+        mambatrim.save_pretrained(fast, tmp_path / "model")

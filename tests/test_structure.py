@@ -16,12 +16,13 @@ PACKAGE = Path(mambatrim.__file__).parent
 FLOORS = (
     {"names", "kernels", "reduction", "bootstrap", "cells", "frontier"},
     {"methods", "models"},
-    {"flops", "data", "timing", "compat"},
+    {"flops", "data", "clips", "timing", "compat"},
     {"apply", "evaluate", "adapters", "convert"},
     {"visualize", "report", "hub", "features", "prepared"},
     {"comparison", "entries", "opening"},
     {"measuring"},
     {"demo", "benchmark", "compare", "calibrate", "info", "timm_models"},
+    {"arguments"},
     {"cli", "__main__"},
 )
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
@@ -32,6 +33,7 @@ BESIDE = {
     ("report", "evaluate"),
     ("visualize", "evaluate"),
     ("evaluate", "timing"),
+    ("clips", "data"),
     ("__main__", "cli"),
 }
 

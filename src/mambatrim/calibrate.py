@@ -27,7 +27,9 @@ from .apply import reduce
 from .cells import describe, key, weights_digest
 from .evaluate import spec_of
 from .flops import Trunk, count_flops, sections, solve
+from .hub import is_usual
 from .reduction import Method, Schedule, default_stages
+from .report import percent, table
 
 FORMAT = "mambatrim-schedule-1"
 # schedules that are measured at most, blocks that may become stages, pixels that run at a time
@@ -79,6 +81,22 @@ class Calibration:
     def to_json(self) -> str:
         """All of it as JSON text, of which `Schedule.from_json` reads the schedule."""
         return json.dumps({"format": FORMAT, **asdict(self)}, indent=2, ensure_ascii=False)
+
+    def to_text(self, model: nn.Module) -> str:
+        """The schedule beside the one that `solve` gives, for people; `model` is the one with all tokens."""
+        found = [("calibrated", self.removed, self.kl)]
+        if self.default is not None and self.kl_default is not None:
+            found.insert(0, ("default stages", self.default, self.kl_default))
+        rows = []
+        for name, removed, kl in found:
+            counted = count_flops(cast(Trunk, reduce(model, schedule=Schedule(removed), method=self.method)))
+            tokens = " > ".join(map(str, dict.fromkeys(counted.lengths)))
+            rows.append((name, tokens, percent(1 - counted.ratio, 2), f"{kl:.4f}"))
+        return (
+            f"{self.model} with {self.method}, {self.images:,} images, {self.tried} schedules measured\n\n"
+            f"{table(('schedule', 'tokens', 'FLOPs saved', 'divergence'), rows)}\n\n"
+            "divergence: mean KL from the model with all tokens, in nats, on these images."
+        )
 
 
 @dataclass(frozen=True)
@@ -160,7 +178,7 @@ def calibrate(
         removed=best,
         method=chosen.name,
         options=describe(chosen),
-        usual=chosen.name in methods.METHODS and describe(chosen) == describe(methods.get(chosen.name)),
+        usual=is_usual(chosen),
         model=spec_of(model).name,
         weights=bench.about["weights"],
         flops=flops.total,

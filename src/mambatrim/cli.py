@@ -7,35 +7,32 @@ import contextlib
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from . import __version__, benchmark, info, methods
+from . import benchmark, info, methods
 from .apply import reduce
-from .calibrate import TRIES, Calibration, calibrate, read_schedule
+from .arguments import BAD_INPUT, parse
+from .calibrate import calibrate, read_schedule
+from .clips import frames_of
 from .compare import Entrant, Entry, compare, in_stages
-from .data import load_images, load_input
+from .data import load_input
 from .demo import MODEL, demo
 from .evaluate import spec_of, spread
-from .flops import count_flops
 from .hub import from_pretrained, save_pretrained
-from .kernels import cpu
-from .models import BUNDLED, MODELS, Model, create_model
-from .names import lookup
-from .opening import model_label, open_model
-from .prepared import Unlabelled, open_data, prepare
-from .reduction import Schedule
-from .report import describe_machine, giga, percent, report, result, table, to_json
+from .models import Model, create_model
+from .opening import model_label, open_model, own_weights
+from .prepared import Unlabelled, open_data, read_inputs
+from .report import describe_machine, machine_and_kernels, percent, report, result, to_json
 
 # images that are classified at a time
 BATCH = 50
 
-OK, SOME_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+OK, SOME_FAILED, INTERRUPTED = 0, 1, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,10 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after `mambatrim`; None takes those of the process, which is then taken to be the command's own.
     """
     try:
-        options = _parser().parse_args(argv)
+        options = parse(argv)
         if argv is None:
             _settle(restart=options.computes)
-        code: int = options.run(options)
+        code = COMMANDS[options.command](options)
         sys.stdout.flush()
         return code
     except SystemExit as leaving:  # argparse: --help, or a wrong word, which it has reported
@@ -65,237 +62,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
-# --------------------------------------------------------------------------------------------------------------- words
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One sentence, where argparse would print its whole usage before it."""
-        self.exit(BAD_INPUT, f"mambatrim: {message} (see {self.prog} --help)\n")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="mambatrim",
-        description="Vision Mamba models that run faster without retraining, by merging tokens that matter little.",
-        epilog="mambatrim COMMAND --help says more. Exit codes: 0 done, 1 some images failed, 2 bad usage or input.",
-    )
-    parser.add_argument("--version", action="version", version=f"mambatrim {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    demo = _command(commands, "demo", _demo, "bundled model and images: accuracy and time, with all tokens and fewer")
-    demo.add_argument(
-        "--out", type=Path, default="mambatrim_demo.png", metavar="FILE", help="the picture (%(default)s)"
-    )
-    demo.add_argument("--limit", type=_at_least_one, metavar="N", help="use only N of the images")
-    _add_json(demo)
-
-    classify = _command(commands, "classify", _classify, "say what is in images, or in videos")
-    classify.add_argument(
-        "images", nargs="+", metavar="IMAGE", help="a file; for a video model a folder of frames or an animated GIF"
-    )
-    classify.add_argument(
-        "--model",
-        default=MODEL,
-        metavar="NAME",
-        help="as in mambatrim info, or the folder of a saved model (%(default)s)",
-    )
-    classify.add_argument(
-        "--weights", metavar="FILE", help="a checkpoint file or Hub id (those in the package, if any)"
-    )
-    _add_reduction(classify)
-    classify.add_argument("--method", help="what chooses the tokens (vsm, or mtr where the model has no place for it)")
-    classify.add_argument("--schedule", type=Path, metavar="FILE", help="a schedule that mambatrim calibrate wrote")
-    classify.add_argument("--top", type=_at_least_one, default=5, metavar="N", help="classes to print (%(default)s)")
-    _add_json(classify)
-
-    info = _command(commands, "info", _info, "list the models, or tell all about one", computes=False)
-    info.add_argument("name", nargs="?", metavar="NAME")
-    _add_reduction(info)
-    info.add_argument("--image-size", type=_at_least_one, metavar="N", help="side of the input (the model's own)")
-    _add_json(info)
-    _add_benchmark(commands)
-    _add_compare(commands)
-    _add_calibrate(commands)
-    return parser
-
-
-def _add_benchmark(commands: Any) -> None:
-    bench = _command(
-        commands, "benchmark", _benchmark, "time models with all tokens, with fewer, and what others would use"
-    )
-    bench.add_argument("models", nargs="*", default=["vim_small"], metavar="MODEL", help="of the zoo (vim_small)")
-    many: Any = {"nargs": "+", "metavar": "N", "type": _at_least_one}
-    bench.add_argument("--batch", **many, default=[8], help="images at a time (8)")
-    dtypes = list(benchmark.DTYPES)
-    bench.add_argument("--dtype", nargs="+", default=["fp32"], choices=dtypes, help="of the matrix products (fp32)")
-    bench.add_argument("--image-size", type=_at_least_one, metavar="N", help="side of the input (the model's own)")
-    bench.add_argument(
-        "--flops-reduction",
-        nargs="*",
-        type=_share,
-        default=[0.2, 0.3, 0.4],
-        metavar="SHARE",
-        help="shares of the FLOPs to save (0.2 0.3 0.4)",
-    )
-    bench.add_argument("--method", nargs="+", default=["mtr"], help="what chooses the tokens (mtr)")
-    bench.add_argument("--alone", action="store_true", help="without transformers and other scans to compare with")
-    bench.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
-    bench.add_argument("--threads", type=_at_least_one, metavar="N", help="threads of PyTorch (one per core)")
-    bench.add_argument("--repeats", type=_at_least_one, default=11, metavar="N", help="rounds, at most (%(default)s)")
-    bench.add_argument(
-        "--seconds", type=float, default=30, metavar="S", help="time for the rounds of one table, about (%(default)s)"
-    )
-    bench.add_argument("--json", type=Path, metavar="FILE", help="write a report in JSON to this file")
-    bench.add_argument("--plot", type=Path, metavar="FILE", help="write a picture to this file")
-
-
-def _add_compare(commands: Any) -> None:
-    compare = _command(commands, "compare", _compare, "accuracy, FLOPs and time of models, methods and savings")
-    compare.add_argument("data", metavar="DATA", help="a parquet or zip file, or a folder; with or without classes")
-    compare.add_argument(
-        "--model",
-        nargs="+",
-        default=[MODEL],
-        metavar="MODEL",
-        help="name with weights in the package, NAME=FILE with a checkpoint, or folder of a saved model (%(default)s)",
-    )
-    compare.add_argument(
-        "--method", nargs="+", default=list(methods.METHODS), metavar="NAME", help="what to compare (all)"
-    )
-    compare.add_argument(
-        "--flops-reduction",
-        nargs="+",
-        type=_share,
-        default=[0.2, 0.3, 0.4, 0.5],
-        metavar="SHARE",
-        help="shares of the FLOPs to save (0.2 0.3 0.4 0.5)",
-    )
-    compare.add_argument(
-        "--stages", nargs="+", type=int, metavar="BLOCK", help="patches go after these blocks, from 0 (three blocks)"
-    )
-    compare.add_argument("--reference", default="mtr", metavar="NAME", help="what others are compared with (mtr)")
-    compare.add_argument(
-        "--also-dense", nargs="+", default=[], metavar="MODEL", help="smaller models to stand beside, as --model"
-    )
-    compare.add_argument("--no-labels", action="store_true", help="agreement with the dense model, not accuracy")
-    compare.add_argument("--no-timing", action="store_true", help="measure no times")
-    compare.add_argument("--no-run", action="store_true", help="tables of the cells that are there; run nothing")
-    compare.add_argument("--limit", type=_at_least_one, metavar="N", help="use only N of the images, evenly spread")
-    compare.add_argument(
-        "--out", type=Path, default=Path("comparison"), metavar="FOLDER", help="cells and tables (%(default)s)"
-    )
-
-
-def _add_calibrate(commands: Any) -> None:
-    calibrate = _command(commands, "calibrate", _calibrate, "choose where tokens go by a few hundred unlabelled images")
-    calibrate.add_argument(
-        "model",
-        metavar="MODEL",
-        help="name with weights in the package, NAME=FILE with a checkpoint, or folder of a saved model",
-    )
-    calibrate.add_argument(
-        "--images", required=True, metavar="DATA", help="a parquet or zip file, or a folder of images or videos"
-    )
-    calibrate.add_argument(
-        "--flops-reduction", type=_share, default=0.4, metavar="SHARE", help="share of the FLOPs to save (%(default)s)"
-    )
-    calibrate.add_argument("--method", default="vsm", help="what chooses the tokens (%(default)s)")
-    calibrate.add_argument(
-        "--limit", type=_at_least_one, default=256, metavar="N", help="use N of the images, evenly spread (%(default)s)"
-    )
-    calibrate.add_argument(
-        "--tries", type=_at_least_one, default=TRIES, metavar="N", help="schedules to measure at most (%(default)s)"
-    )
-    calibrate.add_argument(
-        "--out", type=Path, metavar="FILE", help="the schedule; beside it a .jsonl to continue from (named by the rest)"
-    )
-    calibrate.add_argument("--save", type=Path, metavar="FOLDER", help="save the model too, with this schedule")
-
-
-def _command(commands: Any, name: str, run: Any, text: str, computes: bool = True) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-    parser.set_defaults(run=run, computes=computes)
-    return parser
-
-
-def _add_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print a report in JSON")
-
-
-def _add_reduction(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--flops-reduction",
-        type=_share,
-        default=0.0,
-        metavar="SHARE",
-        help="share of the FLOPs to save, such as 0.4 (0)",
-    )
-
-
-def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < 0.9:
-        raise argparse.ArgumentTypeError(f"must be a number from 0 up to below 0.9, not {text}")
-    return value
-
-
-def _at_least_one(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 up, not {text}")
-    return int(text)
-
-
 # ---------------------------------------------------------------------------------------------------------------- demo
 
 
 def _demo(options: argparse.Namespace) -> int:
     _check_output(options.out)
-    with _progress() as progress:
+    with _counter() as say:
+
+        def progress(done: int, total: int) -> None:
+            say(f"classified {done:,} of {total:,} images ..." if done < total else "measuring times ...")
+
         found = demo(options.limit, progress)
     found.picture.save(options.out)
-    if options.json:
-        print(to_json(found.report))
-        return OK
-    dense, *_, fewest = found.report["results"]
-    figures = dense["figures"]
-    error = 100 * math.sqrt(figures["top1"] * (1 - figures["top1"]) / figures["images"])
-    print(f"{dense['model']} on {figures['images']:,} CIFAR-10 test images")
-    print(describe_machine())
-    if cpu.missing():
-        print(cpu.missing())
-    print(f"\n{table(DEMO_HEADER, [_demo_row(entry, dense) for entry in found.report['results']])}\n")
-    print(f"top-1: standard error {error:.1f} points. as dense: same first class as with all tokens.")
-    print("FLOPs: multiply-adds, both scan directions. ms/image: median of interleaved runs,", end=" ")
-    print(f"{figures['batch']} images at a time.")
-    if figures["disturbance"]:
-        print(f"note: {figures['disturbance']}.")
-    rows = [(name, full, less + ("" if less == full else " *")) for name, full, less in found.examples]
-    print(f"\n{table(('image (class/row)', 'dense', fewest['name']), rows, words=True)}")
-    if any(full != less for _, full, less in found.examples):
-        print("* another class than with all tokens")
-    print(f"\npicture of the tokens: {options.out}")
+    print(to_json(found.report) if options.json else f"{found.to_text()}\n\npicture of the tokens: {options.out}")
     return OK
-
-
-DEMO_HEADER = ("", "tokens", "FLOPs", "saved", "top-1", "as dense", "ms/image", "saved")
-
-
-def _demo_row(entry: dict[str, Any], dense: dict[str, Any]) -> tuple[str, ...]:
-    figures, flops = entry["figures"], entry["flops"]["both"]
-    return (
-        entry["name"],
-        " > ".join(map(str, dict.fromkeys(entry["tokens"]))),
-        giga(flops),
-        percent(1 - flops / dense["flops"]["both"]),
-        percent(figures["top1"]),
-        percent(figures["agreement"]),
-        f"{figures['ms_per_image']:.2f}",
-        percent(1 - figures["ms_per_image"] / dense["figures"]["ms_per_image"]),
-    )
 
 
 def _check_output(path: Path) -> None:
@@ -356,7 +136,7 @@ def _chosen_model(options: argparse.Namespace) -> Model:
     if saved:
         model = from_pretrained(options.model)
     else:
-        model = create_model(options.model, weights=options.weights or _own_weights(options.model))
+        model = create_model(options.model, weights=options.weights or own_weights(options.model))
     if options.schedule is not None:
         return _scheduled(model, options)
     if saved and not options.flops_reduction:
@@ -373,20 +153,6 @@ def _scheduled(model: Model, options: argparse.Namespace) -> Model:
         if None not in (given, wanted) and given != wanted:
             raise ValueError(f"the schedule in {options.schedule} is for {word} {wanted}, not {given}")
     return reduce(model, schedule=stored.schedule, method=options.method or stored.method)
-
-
-def _own_weights(name: str) -> str:
-    """The weights that lie in the package, for a model that has some."""
-    spec = lookup("model", name, MODELS)
-    if name in BUNDLED:
-        return "bundled"
-    if spec.checkpoint is None:
-        raise ValueError(f"{name} needs --weights FILE: a checkpoint from {spec.source}")
-    if not spec.checkpoint.repo:
-        raise ValueError(f"{name} needs --weights FILE: {spec.checkpoint.file or 'a checkpoint'} from {spec.source}")
-    raise ValueError(
-        f"{name} needs --weights: a checkpoint file, or {spec.checkpoint.repo} to download one from the Hub"
-    )
 
 
 @torch.no_grad()
@@ -426,24 +192,15 @@ def _benchmark(options: argparse.Namespace) -> int:
         torch.set_num_threads(options.threads)
     reductions = [share for share in options.flops_reduction if share > 0]
     todo = benchmark.settings(options.models, options.batch, options.dtype, options.image_size, options.device)
-    print(describe_machine())
-    if cpu.missing():
-        print(cpu.missing())
+    print(machine_and_kernels())
     done = []
     for setting in todo:
         measured = benchmark.measure(
             setting, reductions, options.method, not options.alone, options.repeats, options.seconds
         )
-        print(f"\n{setting.model}, batch {setting.batch}, {setting.dtype}")
-        print(benchmark.models_table(measured.found))
-        if scans := benchmark.scans_table(measured.found):
-            print(f"\n{scans}")
-        if measured.disturbance:
-            print(f"note: {measured.disturbance}.")
-        sys.stdout.flush()
+        print(f"\n{benchmark.to_text(measured)}", flush=True)
         done.append(measured)
-    print("\nms/image: median of interleaved runs; spread: quartiles over the median. ideal: by the FLOPs.")
-    print("memory: that a forward adds at its peak, weights and images not counted.")
+    print(f"\n{benchmark.LEGEND}")
     if options.json is not None:
         options.json.write_text(to_json(benchmark.to_report(done)) + "\n")
     if options.plot is not None:
@@ -460,8 +217,13 @@ def _compare(options: argparse.Namespace) -> int:
     entrants: dict[str, Entrant] = {name: Entry(methods.get(name), schedule) for name in names}
     models = {model_label(text): open_model(text) for text in options.model}
     entrants |= {f"{model_label(text)}, all tokens": open_model(text) for text in options.also_dense}
-    data = spread(open_data(options.data), options.limit)
-    with _counter() as progress:
+    frames = frames_of(spec_of(next(iter(models.values()))))
+    data = spread(open_data(options.data, frames), options.limit)
+    with _counter() as say:
+
+        def progress(done: int, total: int, now: str) -> None:
+            say(f"{done} of {total}: {now}")
+
         found = compare(
             models,
             entrants,
@@ -489,59 +251,29 @@ def _calibrate(options: argparse.Namespace) -> int:
     if out.suffix == ".jsonl":
         raise ValueError(f"{out} is the name of the file to continue from: let --out end in .json")
     _check_folder(out)
-    images = _calibration_images(options.images, model, options.limit)
-    with _counter() as progress:
+    images = read_inputs(options.images, spec_of(model), options.limit)
+    with _counter() as say:
 
-        def say(done: int, most: int, least: float) -> None:
-            progress(done, most, f"divergence {least:.4f}")
+        def progress(done: int, most: int, least: float) -> None:
+            say(f"{done} of {most}: divergence {least:.4f}")
 
-        found = calibrate(model, images, share, method, out.with_suffix(".jsonl"), options.tries, say)
+        found = calibrate(model, images, share, method, out.with_suffix(".jsonl"), options.tries, progress)
     out.write_text(found.to_json() + "\n", encoding="utf-8")
-    rows = [_calibration_row("calibrated", model, found, found.removed, found.kl)]
-    if found.default is not None and found.kl_default is not None:
-        rows.insert(0, _calibration_row("default stages", model, found, found.default, found.kl_default))
-    print(f"{found.model} with {found.method}, {found.images:,} images, {found.tried} schedules measured\n")
-    print(table(("schedule", "tokens", "FLOPs saved", "divergence"), rows))
-    print(f"\ndivergence: mean KL from the model with all tokens, in nats, on these images.\nschedule: {out}")
+    print(f"{found.to_text(model)}\nschedule: {out}")
     if options.save is not None:
         save_pretrained(reduce(model, schedule=found.schedule, method=method), options.save)
         print(f"model with it: {options.save}")
     return OK
 
 
-def _calibration_row(name: str, model: Model, found: Calibration, removed: tuple[int, ...], kl: float) -> list[str]:
-    counted = count_flops(reduce(model, schedule=Schedule(removed), method=found.method))
-    tokens = " > ".join(map(str, dict.fromkeys(counted.lengths)))
-    return [name, tokens, percent(1 - counted.ratio, 2), f"{kl:.4f}"]
-
-
-def _calibration_images(path: str, model: Model, limit: int) -> Tensor:
-    """Inputs (n, 3, H, W), or (n, 3, T, H, W) of a video model, from a folder with a folder or file for each video."""
-    spec = spec_of(model)
-    if len(model.sides()) == 2:
-        prepared = prepare(Unlabelled(spread(open_data(path), limit)), spec.preprocess)
-        return prepared.inputs(spec.preprocess, 0, len(prepared))
-    if not Path(path).is_dir():
-        raise ValueError(f"{path} is no folder of videos, each a folder of frames or a file")
-    videos = sorted(Path(path).iterdir())
-    count = min(limit, len(videos))
-    return load_images([videos[index * len(videos) // count] for index in range(count)], spec)
-
-
-@contextlib.contextmanager
-def _counter() -> Iterator[Any]:
-    """A line that counts cells, on a terminal only; it is gone at the end."""
-    shown = sys.stderr.isatty()
-
-    def progress(done: int, total: int, now: str) -> None:
-        if shown:
-            print(f"\r\033[K{done} of {total}: {now}", end="", file=sys.stderr, flush=True)
-
-    try:
-        yield progress
-    finally:
-        if shown:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "demo": _demo,
+    "classify": _classify,
+    "info": _info,
+    "benchmark": _benchmark,
+    "compare": _compare,
+    "calibrate": _calibrate,
+}
 
 
 # ------------------------------------------------------------------------------------------------------------ terminal
@@ -552,17 +284,16 @@ def _complain(error: Exception) -> None:
 
 
 @contextlib.contextmanager
-def _progress() -> Iterator[Any]:
-    """A line that counts images, on a terminal only; it is gone at the end."""
+def _counter() -> Iterator[Callable[[str], None]]:
+    """A line that is written over and over, on a terminal only; it is gone at the end."""
     shown = sys.stderr.isatty()
 
-    def progress(done: int, total: int) -> None:
+    def say(text: str) -> None:
         if shown:
-            text = f"classified {done:,} of {total:,} images" if done < total else "measuring times"
-            print(f"\r\033[K{text} ...", end="", file=sys.stderr, flush=True)
+            print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
     try:
-        yield progress
+        yield say
     finally:
         if shown:
             print("\r\033[K", end="", file=sys.stderr, flush=True)

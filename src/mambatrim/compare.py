@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from .bootstrap import difference_interval, share_interval
 from .cells import Cell, key
+from .clips import frames_of
 from .comparison import DENSE, Comparison, Row
 from .entries import Entrant, Entry, Scheduler, in_stages, nearest
-from .evaluate import Data
+from .evaluate import Data, spec_of
 from .measuring import Bench, counts, timing_of
 from .reduction import Method
 
@@ -42,7 +43,8 @@ def compare(
             same classes, to stand beside the reduced ones.
         targets: shares of the FLOPs to save, each above 0 and below 0.9, the method's own cost included.
         data: a data set of `data.py`, or the path of one; or a folder of pictures without classes. Where there are no
-            labels the dense model's first class counts as right, and accuracy means agreement with it.
+            labels the dense model's first class counts as right, and accuracy means agreement with it. For models of
+            videos a folder of them, as `clips.open_clips` takes.
         out: folder for the cells. What is there is not run again; another option, weight or image is another cell.
             None keeps nothing.
         reference: the method that every other one is compared with, image by image; None for none.
@@ -55,7 +57,7 @@ def compare(
             together, or a damaged cell.
     """
     _check(models, methods, targets, reference)
-    bench = Bench(data, out, timing, run)
+    bench = Bench(data, _frames([*models.values(), *methods.values()]), out, timing, run)
     rows: list[Row] = []
     done, total = 0, len(models) * len(_rows_of(methods, targets))
     for name, model in models.items():
@@ -100,6 +102,16 @@ def _check(
         raise ValueError("compare needs at least one target")
     if reference is not None and not isinstance(methods.get(reference), Method | Entry):
         raise ValueError(f"the reference {reference!r} must be one of the methods: {', '.join(methods)}")
+
+
+def _frames(models: Sequence[object]) -> int | None:
+    """How many frames the models take, all the same; None for pictures."""
+    found = {frames_of(spec_of(model)) for model in models if isinstance(model, nn.Module)}
+    if len(found) > 1:
+        each = ", ".join("pictures" if frames is None else f"{frames} frames" for frames in sorted(found, key=str))
+        raise ValueError(f"models that are compared must take the same input, and these take {each}")
+    (frames,) = found
+    return frames
 
 
 def _rows_of(methods: Mapping[str, Entrant], targets: Sequence[float]) -> list[tuple[str, float]]:

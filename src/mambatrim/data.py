@@ -14,7 +14,7 @@ import struct
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, Protocol
 
@@ -31,7 +31,7 @@ SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".
 MAX_PIXELS = 178_956_970
 
 # broken bytes make Pillow's readers raise nearly anything
-_UNREADABLE = (
+UNREADABLE = (
     ArithmeticError,
     AssertionError,
     AttributeError,
@@ -48,6 +48,10 @@ _UNREADABLE = (
 )
 
 
+# a picture, or the frames of a video
+Sample = Image.Image | Sequence[Image.Image]
+
+
 class Dataset(Protocol):
     """What `batches` and the evaluation ask of a data set."""
 
@@ -57,8 +61,8 @@ class Dataset(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        """A picture in RGB and its label."""
+    def __getitem__(self, index: int) -> tuple[Sample, int]:
+        """A picture in RGB, or the frames of a video, and its label."""
 
 
 def read_image(path: str | os.PathLike[str]) -> Image.Image:
@@ -88,11 +92,11 @@ def _decode(stream: IO[bytes], name: str) -> Image.Image:
         warnings.simplefilter("ignore")
         image = _open(stream, name)
         # EXIF data that cannot be read says nothing about the pixels
-        with contextlib.suppress(*_UNREADABLE):
+        with contextlib.suppress(*UNREADABLE):
             image = ImageOps.exif_transpose(image)
     try:
         return _to_rgb(image)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise ValueError(f"{name} cannot be converted from {image.mode} to RGB: {error}") from error
 
 
@@ -105,7 +109,7 @@ def _open(stream: IO[bytes], name: str) -> Image.Image:
         raise ValueError(f"{name} has more than {MAX_PIXELS:,} pixels and is not read") from error
     except Image.UnidentifiedImageError as error:
         raise ValueError(f"{name} is no image in a format that is known here") from error
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise ValueError(f"{name} is a damaged or incomplete image ({error})") from error
     if min(image.size) < 1:
         raise ValueError(f"{name} has no pixels: {image.width} x {image.height}")
@@ -177,7 +181,14 @@ def load_input(path: str | os.PathLike[str], spec: ModelSpec) -> Tensor:
     *frames, _, _ = getattr(spec.config, "sides", spec.preprocess.size)
     if not frames:
         return preprocess(read_image(path), spec.preprocess)
-    return torch.stack([preprocess(frame, spec.preprocess) for frame in read_video(path, frames[0])], dim=1)
+    return preprocess_sample(read_video(path, frames[0]), spec.preprocess)
+
+
+def preprocess_sample(sample: Sample, how: Preprocess) -> Tensor:
+    """`preprocess` of a picture, (3, H, W), or of each of the frames of a video, (3, T, H, W)."""
+    if isinstance(sample, Image.Image):
+        return preprocess(sample, how)
+    return torch.stack([preprocess(frame, how) for frame in sample], dim=1)
 
 
 def read_video(path: str | os.PathLike[str], frames: int) -> list[Image.Image]:
@@ -208,7 +219,7 @@ def _frames_of_file(file: Path, frames: int) -> list[Image.Image]:
             for index in middles(count, frames) if count > 1 else ():
                 image.seek(index)
                 found.append(_to_rgb(image.copy()))
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise ValueError(f"{file} is a damaged or incomplete video ({error})") from error
     if not found:
         raise ValueError(
@@ -273,7 +284,7 @@ class Zip:
             raise ValueError(f"there is no file {self.path}")
         try:
             self._archive = zipfile.ZipFile(self.path)
-        except (zipfile.BadZipFile, *_UNREADABLE) as error:
+        except (zipfile.BadZipFile, *UNREADABLE) as error:
             raise ValueError(f"{self.path} is a damaged zip file or none at all ({error})") from error
         # a folder may have an entry of its own, as "cat/": an empty class keeps its label
         entries = sorted(
@@ -293,7 +304,7 @@ class Zip:
         name, label = self.samples[index]
         try:
             content = self._archive.read(name)
-        except (zipfile.BadZipFile, *_UNREADABLE) as error:
+        except (zipfile.BadZipFile, *UNREADABLE) as error:
             raise ValueError(f"{name} in {self.path} is damaged or cannot be unpacked ({error})") from error
         return _decode(io.BytesIO(content), f"{name} in {self.path}"), label
 
@@ -374,7 +385,8 @@ def open_dataset(path: str | os.PathLike[str]) -> Folder | Parquet | Zip:
 
 
 def batches(dataset: Dataset, how: Preprocess, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The whole data set in order as inputs (B, 3, H, W) and labels (B,) in int64; the last batch may be smaller.
+    """The whole data set in order as inputs (B, 3, H, W), or (B, 3, T, H, W) of videos, and labels (B,) in int64; the
+    last batch may be smaller.
 
     Raises:
         ValueError: batch_size is below 1, or an image cannot be read.
@@ -383,5 +395,5 @@ def batches(dataset: Dataset, how: Preprocess, batch_size: int) -> Iterator[tupl
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     for start in range(0, len(dataset), batch_size):
         samples = [dataset[index] for index in range(start, min(start + batch_size, len(dataset)))]
-        images = torch.stack([preprocess(image, how) for image, _ in samples])
+        images = torch.stack([preprocess_sample(sample, how) for sample, _ in samples])
         yield images, torch.tensor([label for _, label in samples])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from .data import Zip, preprocess
 from .evaluate import Progress, evaluate_models, spec_of
 from .kernels import cpu
 from .models import BUNDLED, create_model
-from .report import report, result
+from .report import giga, machine_and_kernels, percent, report, result, table
 from .timing import time_models
 from .visualize import visualize
 
@@ -30,6 +31,7 @@ BATCH, REPEATS = 50, 15
 # without the compiled kernels a forward takes several times as long
 SLOW_LIMIT, SLOW_REPEATS = 200, 5
 PICTURED = 4
+HEADER = ("", "tokens", "FLOPs", "saved", "top-1", "as dense", "ms/image", "saved")
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,26 @@ class Demo:
     report: dict[str, Any]
     examples: tuple[tuple[str, str, str], ...]
     picture: Image.Image
+
+    def to_text(self) -> str:
+        """What was found, for people."""
+        dense, *_, fewest = self.report["results"]
+        figures = dense["figures"]
+        error = 100 * math.sqrt(figures["top1"] * (1 - figures["top1"]) / figures["images"])
+        rows = [(name, full, less + ("" if less == full else " *")) for name, full, less in self.examples]
+        lines = [
+            f"{dense['model']} on {figures['images']:,} CIFAR-10 test images",
+            machine_and_kernels(),
+            f"\n{table(HEADER, [_row(entry, dense) for entry in self.report['results']])}\n",
+            f"top-1: standard error {error:.1f} points. as dense: same first class as with all tokens.",
+            "FLOPs: multiply-adds, both scan directions. ms/image: median of interleaved runs, "
+            f"{figures['batch']} images at a time.",
+        ]
+        lines += [f"note: {figures['disturbance']}."] if figures["disturbance"] else []
+        lines.append(f"\n{table(('image (class/row)', 'dense', fewest['name']), rows, words=True)}")
+        if any(full != less for _, full, less in self.examples):
+            lines.append("* another class than with all tokens")
+        return "\n".join(lines)
 
 
 def demo(limit: int | None = None, progress: Progress | None = None) -> Demo:
@@ -92,3 +114,17 @@ def _batch(pictures: Sequence[Image.Image], model: nn.Module) -> Tensor:
 def _predicted(model: nn.Module, images: Tensor) -> list[str]:
     names = spec_of(model).classes or ()
     return [names[index] for index in model(images).argmax(1).tolist()]
+
+
+def _row(entry: dict[str, Any], dense: dict[str, Any]) -> tuple[str, ...]:
+    figures, flops = entry["figures"], entry["flops"]["both"]
+    return (
+        entry["name"],
+        " > ".join(map(str, dict.fromkeys(entry["tokens"]))),
+        giga(flops),
+        percent(1 - flops / dense["flops"]["both"]),
+        percent(figures["top1"]),
+        percent(figures["agreement"]),
+        f"{figures['ms_per_image']:.2f}",
+        percent(1 - figures["ms_per_image"] / dense["figures"]["ms_per_image"]),
+    )

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
-from .data import Dataset, batches, open_dataset
+from .clips import frames_of, open_clips
+from .data import Dataset, Sample, batches, open_dataset
 from .models.spec import ModelSpec
 from .timing import run_time
 
@@ -49,8 +50,8 @@ def evaluate(
     Args:
         model: a model of the zoo, reduced or not, on any device.
         data: a data set of `data.py`, or the path of one: a folder per class, a zip file of such folders, or a parquet
-            file. The labels go by the names of the classes where the model knows these; by number where the names are
-            numbers; else by order.
+            file; for a model of videos a folder per class, as `clips.open_clips` takes. The labels go by the names of
+            the classes where the model knows these; by number where the names are numbers; else by order.
         baseline: another model, usually the dense one, to compare each prediction with.
         batch_size: images at a time.
         limit: use only so many images, spread evenly over the data set.
@@ -79,7 +80,9 @@ def evaluate_models(
     specs = [spec_of(model) for model in models.values()]
     if any(spec.preprocess != specs[0].preprocess or spec.classes != specs[0].classes for spec in specs):
         raise ValueError(f"the models {', '.join(models)} differ in their classes or in how images are prepared")
-    dataset = spread(open_dataset(data) if isinstance(data, str | os.PathLike) else data, limit)
+    dataset = spread(_opened(data, frames_of(specs[0])) if isinstance(data, str | os.PathLike) else data, limit)
+    if not dataset.classes:
+        raise ValueError("the data set has no classes, and accuracy needs labels")
     meaning = meaning_of_labels(dataset.classes, specs[0])
     device = next(next(iter(models.values())).parameters()).device
     ranked: dict[str, list[Tensor]] = {name: [] for name in models}
@@ -100,6 +103,10 @@ def evaluate_models(
     ranks = {name: torch.cat(parts) for name, parts in ranked.items()}  # (n, up to 6)
     reference = None if baseline is None else ranks[baseline][:, 0]
     return {name: _evaluation(ranks[name], truth, reference, seconds[name]) for name in models}
+
+
+def _opened(path: str | os.PathLike[str], frames: int | None) -> Dataset:
+    return open_clips(Path(path), frames) if frames else open_dataset(path)
 
 
 def spec_of(model: nn.Module) -> ModelSpec:
@@ -163,7 +170,7 @@ class Part:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+    def __getitem__(self, index: int) -> tuple[Sample, int]:
         return self.whole[self.indices[index]]
 
 

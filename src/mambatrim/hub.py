@@ -6,13 +6,13 @@ back too, and what its reducer does. Nothing in the folder is executed.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, fields, is_dataclass
-from functools import partial
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -22,11 +22,12 @@ from torch import nn
 
 from . import methods
 from .apply import reduce
+from .cells import describe
 from .models import CONFIGS, Model, ModelSpec, Preprocess, build
 from .models.checkpoint import HUB_ID, check, download, load, read_state_dict
 from .models.layers import cast as cast_to
 from .names import lookup
-from .reduction import Reducer, Schedule
+from .reduction import Method, Reducer, Schedule
 
 FORMAT = "mambatrim-model-1"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -130,7 +131,7 @@ def _reducer(model: nn.Module) -> dict[str, Any] | None:
     if not isinstance(own, Reducer) or not any(own.schedule.removed):
         return None
     name = own.method.name
-    if name not in methods.METHODS or not _alike(own.method, methods.get(name)):
+    if not is_usual(own.method):
         raise ValueError(
             f"the reducer's method {name!r} is not one of the library with its default options, which is all that a "
             "configuration can hold: save the dense model, and reduce it again when it is loaded"
@@ -153,23 +154,11 @@ def _reduced(model: Model, described: object) -> Model:
     return reduce(model, schedule=schedule, method=methods.get(described["method"]))
 
 
-def _alike(a: object, b: object) -> bool:
-    """Whether two values, made by the same code, hold the same choices: functions by their code and what they close
-    over."""
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, types.FunctionType) and isinstance(b, types.FunctionType):
-        own, other = ([cell.cell_contents for cell in f.__closure__ or ()] for f in (a, b))
-        return a.__code__ is b.__code__ and _alike(a.__defaults__, b.__defaults__) and _alike(own, other)
-    if isinstance(a, types.MethodType) and isinstance(b, types.MethodType):
-        return a.__func__ is b.__func__ and _alike(a.__self__, b.__self__)
-    if isinstance(a, partial) and isinstance(b, partial):
-        return _alike((a.func, a.args, *sorted(a.keywords.items())), (b.func, b.args, *sorted(b.keywords.items())))
-    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
-        return len(a) == len(b) and all(map(_alike, a, b))
-    if is_dataclass(a) and not isinstance(a, type):
-        return all(_alike(getattr(a, field.name), getattr(b, field.name)) for field in fields(a))
-    return a is b or bool(a == b)
+def is_usual(method: Method) -> bool:
+    """Whether a method is what its name alone stands for, all options included."""
+    with contextlib.suppress(ValueError):  # an object that cannot be described is nobody's default
+        return method.name in methods.METHODS and describe(method) == describe(methods.get(method.name))
+    return False
 
 
 # ---------------------------------------------------------------------------------------------------------------- files

@@ -35,8 +35,10 @@ TIMED_IMAGES, TIMED_REPEATS = 32, 9
 class Bench:
     """The images in memory, the cells on the disk, and what measures those that are missing."""
 
-    def __init__(self, data: Data, out: str | os.PathLike[str] | None, timing: bool, run: bool) -> None:
-        self.dataset = open_data(data)
+    def __init__(
+        self, data: Data, frames: int | None, out: str | os.PathLike[str] | None, timing: bool, run: bool
+    ) -> None:
+        self.dataset, self.frames = open_data(data, frames), frames
         self.labelled = bool(self.dataset.classes)
         self.store = None if out is None else Store(out)
         self.timing, self.run = timing, run
@@ -52,7 +54,7 @@ class Bench:
         """The data set as a model's input, decoded once for all models that crop alike."""
         cropped = unnormalised(spec_of(model).preprocess)
         if cropped not in self._prepared:
-            self._prepared[cropped] = prepare(self.dataset, cropped)
+            self._prepared[cropped] = prepare(self.dataset, cropped, frames=self.frames)
         return self._prepared[cropped]
 
     def truth(self, model: nn.Module, dense: Cell) -> Tensor:
@@ -183,7 +185,7 @@ def counts(model: nn.Module, dense: nn.Module) -> dict[str, Any]:
 def answers(model: nn.Module, images: Prepared, dense: Cell | None) -> tuple[Tensor, Tensor, Tensor]:
     """First classes (n,) int32, divergence from the dense model (n,), and logits if this is the dense model itself."""
     how, device = spec_of(model).preprocess, next(model.parameters()).device
-    size = max(1, min(BATCH, PIXELS // (how.size[0] * how.size[1])))
+    size = max(1, min(BATCH, PIXELS // images.pixels[0, 0].numel()))
     predictions, divergences, kept = [], [], []
     for start, stop in batch_ranges(len(images), size):
         logits = model(images.inputs(how, start, stop).to(device)).float().cpu()  # (B, classes)

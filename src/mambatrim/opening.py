@@ -33,6 +33,24 @@ def open_model(text: str) -> Model:
     return create_model(text, weights="bundled")
 
 
+def own_weights(name: str) -> str:
+    """The weights that lie in the package, for a model that has some.
+
+    Raises:
+        ValueError: it has none; the sentence says where they are.
+    """
+    spec = lookup("model", name, MODELS)
+    if name in BUNDLED:
+        return "bundled"
+    if spec.checkpoint is None:
+        raise ValueError(f"{name} needs --weights FILE: a checkpoint from {spec.source}")
+    if not spec.checkpoint.repo:
+        raise ValueError(f"{name} needs --weights FILE: {spec.checkpoint.file or 'a checkpoint'} from {spec.source}")
+    raise ValueError(
+        f"{name} needs --weights: a checkpoint file, or {spec.checkpoint.repo} to download one from the Hub"
+    )
+
+
 def model_label(text: str) -> str:
     """What to call the model of a text in tables: the name before the weights, or the folder's own name."""
     return text.partition("=")[0] if "=" in text else Path(text).name

@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .data import SUFFIXES, Dataset, batches, open_dataset, read_image
-from .evaluate import Data, meaning_of_labels
+from .clips import frames_of, open_clips
+from .data import SUFFIXES, Dataset, Sample, batches, open_dataset, read_image
+from .evaluate import Data, meaning_of_labels, spread
 from .models.spec import ModelSpec, Preprocess
 
 # images that are decoded at a time
@@ -24,7 +25,7 @@ CHUNK = 256
 class Prepared:
     """A data set as a model of some input size sees it.
 
-    pixels: (n, 3, H, W) uint8, before normalisation.
+    pixels: (n, 3, H, W) uint8, before normalisation; (n, 3, T, H, W) of videos.
     labels: (n,) int64 in the order of `classes`; None where the data set has no labels.
     classes: names of the classes in the data set.
     digest: of pixels and labels; two data sets with the same one are the same.
@@ -43,23 +44,35 @@ class Prepared:
         return None if self.labels is None else meaning_of_labels(self.classes, spec)[self.labels]
 
     def inputs(self, how: Preprocess, start: int, stop: int) -> Tensor:
-        """Images `start` to `stop` as `data.preprocess` gives them, to the last bit: (B, 3, H, W) fp32."""
-        mean, std = (torch.tensor(values, dtype=torch.float32)[:, None, None] for values in (how.mean, how.std))
+        """Images `start` to `stop` as `data.preprocess` gives them, to the last bit: as `pixels`, fp32."""
+        shape = (3, *[1] * (self.pixels.dim() - 2))
+        mean, std = (torch.tensor(values, dtype=torch.float32).view(shape) for values in (how.mean, how.std))
         return (self.pixels[start:stop].to(torch.float32) / 255 - mean) / std
 
 
-def prepare(dataset: Dataset, how: Preprocess, progress: Callable[[int, int], None] | None = None) -> Prepared:
-    """Decode and crop a data set.
+def prepare(
+    dataset: Dataset,
+    how: Preprocess,
+    progress: Callable[[int, int], None] | None = None,
+    frames: int | None = None,
+) -> Prepared:
+    """Decode and crop a data set of pictures, or of videos of so many `frames`.
 
     Raises:
-        ValueError: an image cannot be read, or there are none.
+        ValueError: an image cannot be read, there are none, or they are pictures and not videos, or the other way.
     """
     if not len(dataset):
         raise ValueError("the data set is empty")
     raw = unnormalised(how)
-    pixels = torch.empty((len(dataset), 3, *how.size), dtype=torch.uint8)
+    shape = (3, *([frames] if frames else []), *how.size)
+    pixels = torch.empty((len(dataset), *shape), dtype=torch.uint8)
     labels, done = torch.empty(len(dataset), dtype=torch.int64), 0
-    for images, given in batches(dataset, raw, CHUNK):
+    for images, given in batches(dataset, raw, max(1, CHUNK // (frames or 1))):
+        if images.shape[1:] != shape:
+            wanted = f"videos of {frames} frames" if frames else "pictures"
+            raise ValueError(
+                f"the model takes {wanted}, inputs of {shape}, and the data set has {tuple(images.shape[1:])}"
+            )
         pixels[done : done + len(images)] = (images * 255).round().to(torch.uint8)
         labels[done : done + len(images)] = given
         done += len(images)
@@ -91,7 +104,7 @@ class Unlabelled:
     def __len__(self) -> int:
         return len(self.whole)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+    def __getitem__(self, index: int) -> tuple[Sample, int]:
         return self.whole[index][0], 0
 
 
@@ -110,14 +123,27 @@ class Pictures:
         return read_image(self.files[index]), 0
 
 
-def open_data(data: Data) -> Dataset:
-    """A data set as `data.open_dataset` opens it; a folder of pictures, none of them in a folder, has no labels."""
+def open_data(data: Data, frames: int | None = None) -> Dataset:
+    """A data set as `data.open_dataset` opens it; a folder of pictures, none of them in a folder, has no labels.
+
+    With `frames`, a data set of videos as `clips.open_clips` opens it.
+    """
     if not isinstance(data, str | os.PathLike):
         return data
     place = Path(data)
+    if frames:
+        return open_clips(place, frames)
     if place.is_dir() and _own_pictures(place) and not any(place.glob("*/*")) and not any(place.glob("*.parquet")):
         return Pictures(place)
     return open_dataset(place)
+
+
+def read_inputs(data: Data, spec: ModelSpec, limit: int | None = None) -> Tensor:
+    """`limit` pictures or videos of a data set, spread evenly, as the model of `spec` takes them, without labels:
+    (n, 3, H, W), or (n, 3, T, H, W)."""
+    frames = frames_of(spec)
+    found = prepare(Unlabelled(spread(open_data(data, frames), limit)), spec.preprocess, frames=frames)
+    return found.inputs(spec.preprocess, 0, len(found))
 
 
 def _own_pictures(root: Path) -> list[Path]:

@@ -82,6 +82,11 @@ def describe_machine() -> str:
     return f"{facts['cpu']}, {cores}, {threads}, {kernels}, torch {torch.__version__}"
 
 
+def machine_and_kernels() -> str:
+    """`describe_machine`, and on a line of its own what is missing where the kernels were not compiled."""
+    return "\n".join(filter(None, (describe_machine(), cpu.missing())))
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], words: bool = False) -> str:
     """Columns of plain text under their names; the first is flush left, and so are the others if they hold words."""
     lines = [list(header), *map(list, rows)]

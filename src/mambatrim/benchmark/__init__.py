@@ -6,11 +6,12 @@ tables.py and chart.py show the result.
 
 from .chart import draw
 from .memory import forward_memory
-from .tables import mebibytes, models_table, scans_table
+from .tables import LEGEND, mebibytes, models_table, scans_table, to_text
 from .timed import DTYPES, Measured, Measurement, Setting, measure, settings, to_report
 
 __all__ = [
     "DTYPES",
+    "LEGEND",
     "Measured",
     "Measurement",
     "Setting",
@@ -22,4 +23,5 @@ __all__ = [
     "scans_table",
     "settings",
     "to_report",
+    "to_text",
 ]

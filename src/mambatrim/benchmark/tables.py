@@ -5,10 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..report import giga, percent, table
-from .timed import Measured
+from .timed import Measured, Measurement
 
 MODELS = ("", "tokens", "FLOPs", "ms/image", "spread", "images/s", "speed-up", "ideal", "realised", "memory")
 SCANS = ("scan of one block, one direction", "ms", "spread", "against the kernel")
+
+
+LEGEND = """ms/image: median of interleaved runs; spread: quartiles over the median. ideal: by the FLOPs.
+memory: that a forward adds at its peak, weights and images not counted."""
+
+
+def to_text(measured: Measurement) -> str:
+    """All tables of one setting under its name."""
+    setting = measured.setting
+    lines = [f"{setting.model}, batch {setting.batch}, {setting.dtype}", models_table(measured.found)]
+    if scans := scans_table(measured.found):
+        lines.append(f"\n{scans}")
+    if measured.disturbance:
+        lines.append(f"note: {measured.disturbance}.")
+    return "\n".join(lines)
 
 
 def models_table(found: Sequence[Measured]) -> str:
