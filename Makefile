@@ -44,13 +44,15 @@ format: venv
 # a copy of the package in build/, with a library of its own. Leaks are not looked for: Python and torch have theirs
 SANITIZED := build/sanitized
 CHECKS := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -O1 -g
+# of every file in csrc/; of test_virtual.py all that calls a kernel and loads no whole model
+KERNEL_TESTS := tests/test_kernels.py tests/test_kernels_robust.py tests/test_merging.py tests/test_virtual.py
 PRELOADED = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)
 
 sanitize: $(INSTALLED)
 	CXXFLAGS="$(CHECKS)" $(BIN)/python setup.py --quiet build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
 	@test -f $(SANITIZED)/lib/mambatrim/kernels/_kernels.so
 	LD_PRELOAD="$(PRELOADED)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED)/lib \
-		$(BIN)/python -m pytest -p no:cacheprovider tests/test_kernels.py tests/test_kernels_robust.py
+		$(BIN)/python -m pytest -p no:cacheprovider $(KERNEL_TESTS)
 
 venv: $(INSTALLED) $(BUILT)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 
@@ -11,7 +14,7 @@ from torch import Tensor
 
 import mambatrim
 from mambatrim import kernels
-from mambatrim.kernels import cpu, reference
+from mambatrim.kernels import clustering, cpu, merging, reference, virtual
 from test_kernels import backend as backend
 from test_kernels import close, leaves, make
 
@@ -30,7 +33,27 @@ def everything(seed: int = 0) -> list[Tensor]:
     normed = kernels.rms_norm(x, weight)
     for y, inputs in ((convolved, (x, taps)), (normed, (x, weight))):
         results += [y, *torch.autograd.grad(y.square().sum(), inputs)]
-    return [t.detach() for t in results]
+    return [t.detach() for t in results] + step(seed)
+
+
+def sequence(batch: int, rows: int) -> kernels.Virtual:
+    """Every row stands at four positions, in two runs."""
+    source = torch.arange(4 * rows).div(2, rounding_mode="floor").remainder(rows).repeat(batch, 1)
+    return kernels.Virtual(source, torch.full((batch, rows), 0.25))
+
+
+@torch.no_grad()
+def step(seed: int) -> list[Tensor]:
+    """Results of the kernels between and behind reductions."""
+    u, lines, z = make(3, 41, 70, 16, 4, seed=seed)
+    over, x, order = sequence(3, 41), u[0], torch.arange(41).repeat(3, 1)
+    even, odd = order[:, ::2], order[:, 1::2]
+    nearest, similarity = merging.nearest(x, even, odd)
+    plan = merging.links(even, nearest, 41)
+    merged = merging.merge(x, similarity.new_ones(3, 41), similarity.new_ones(3, 41), plan, (order, order))
+    clusters = kernels.agglomerate(x, torch.ones(3, 41), order[:, :, None] * 0.02, 19)
+    convolved = kernels.causal_conv1d(x, [torch.full((70, 4), 0.3)], virtual=over)
+    return [*kernels.scan(u, lines, z, virtual=over), convolved, nearest, similarity, *plan, *merged[:2], *clusters]
 
 
 def same(a: list[Tensor], b: list[Tensor]) -> bool:
@@ -87,6 +110,37 @@ def test_several_python_threads_share_one_model(threads):
 
         with ThreadPoolExecutor(4) as pool:
             assert same(alone, list(pool.map(run, range(4))))
+
+
+OUT_OF_MEMORY = """
+import resource, torch
+from mambatrim import kernels
+from mambatrim.kernels import cpu
+
+torch.set_num_threads(2)
+
+def run(length):
+    x = torch.ones(2, length, 1)
+    kernels.selective_scan(x, x, -torch.ones(1, 1), x, x)
+
+run(1000)  # all threads are there
+length, vector = 1_000_000, {"generic": 16, "avx2": 32, "avx512": 64}[cpu.level()]
+pages = int(open("/proc/self/statm").read().split()[0])
+room = pages * resource.getpagesize() + 4 * length * vector + 32_000_000  # each thread takes 3 length vector
+resource.setrlimit(resource.RLIMIT_AS, (room, room))
+try:
+    run(length)
+except MemoryError as error:
+    print(error)
+"""
+
+
+@NEEDS_KERNELS
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is limited as Linux does it")
+@pytest.mark.skipif("ASAN_OPTIONS" in os.environ, reason="the address sanitizer needs all addresses")
+def test_memory_that_one_thread_does_not_get_is_an_error():
+    done = subprocess.run([sys.executable, "-c", OUT_OF_MEMORY], capture_output=True, text=True, timeout=120)
+    assert "not enough memory for the temporaries of scan_forward" in done.stdout, done.stderr
 
 
 # ------------------------------------------------------------------------------------------------------ strange numbers
@@ -178,6 +232,51 @@ def test_norm_treats_strange_numbers_as_the_definition_does(backend, value):
     agree(kernels.rms_norm(x, weight), reference.rms_norm(x, weight, 1e-5))
     zeros = torch.zeros(2, 20)
     assert torch.equal(kernels.rms_norm(zeros, weight), zeros)
+
+
+@pytest.mark.parametrize("case", STRANGE)
+@pytest.mark.parametrize("reverse", [False, True])
+def test_virtual_scan_treats_strange_numbers_as_the_definition_does(backend, case, reverse):
+    args, over = arguments(), sequence(1, 9)
+    ((name, value),) = STRANGE[case].items()
+    args[name][0, 4, 1] = value
+    lists = [[args[key]] for key in ("dt", "A", "B", "C", "D", "dt_bias")]
+    operands = (args["u"][None], *lists, [], args["z"], None, [reverse], True, 1.0, *over)
+    found, expected = torch.ops.mambatrim.virtual_scan(*operands), virtual._scan_pytorch(*operands)
+    for actual, wanted in zip(found, expected, strict=True):
+        agree(actual, wanted, 1e-5)
+
+
+@pytest.mark.parametrize("value", [TINY, INF, -INF, NAN, 1e30, -1e30])
+def test_virtual_convolution_treats_strange_numbers_as_the_definition_does(backend, value):
+    x, weight, over = arguments()["u"], arguments()["D"][:, None].expand(20, 4).contiguous(), sequence(1, 9)
+    x[0, 4, 1] = value
+    for reverse in (False, True):
+        found = kernels.causal_conv1d(x, [weight], reverse=(reverse,), virtual=over)
+        agree(found, virtual._conv_pytorch(x, [weight], [], [reverse], True, *over), 1e-5)
+
+
+@NEEDS_KERNELS
+@pytest.mark.parametrize("value", [TINY, INF, -INF, NAN, 1e30])
+def test_matching_treats_strange_numbers_as_the_definition_does(backend, value):
+    x, order = arguments(batch=2, length=40)["u"], torch.arange(40).repeat(2, 1)
+    x[0, 4, 1] = x[1, 7, 3] = value
+    found, wanted = (run(x, order[:, ::2], order[:, 1::2]) for run in (merging.nearest, merging._nearest_pytorch))
+    assert torch.equal(found[0], wanted[0])
+    agree(found[1], wanted[1])
+
+
+@NEEDS_KERNELS
+@pytest.mark.parametrize("value", [TINY, INF, NAN, 1e30])
+def test_clustering_treats_strange_numbers_as_the_definition_does(backend, value):
+    x, place = arguments(length=40)["u"], torch.linspace(0, 1, 40)[None, :, None]
+    x[0, 4, 1] = value
+    for given in (x, x.new_zeros(x.shape)):
+        for r in (0, 13, 30):
+            found, wanted = (
+                run(given, x.new_ones(1, 40), place, r, 1.0) for run in (kernels.agglomerate, clustering._pytorch)
+            )
+            assert same(list(found), list(wanted))
 
 
 def test_strange_numbers_in_bf16_stay_what_they_are(backend):

@@ -85,7 +85,7 @@ def test_no_matrix_larger_than_a_block_is_built(monkeypatch):
         return product
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", spy)
-    monkeypatch.setattr(matching.merging, "direct", lambda *tensors: False)  # the PyTorch form
+    monkeypatch.setattr(matching.cpu, "direct", lambda *tensors: False)  # the PyTorch form
     source, target = matching.even_odd(1, 1569)
     matching.cosine(torch.randn(1, 1569, 8), source, target)
     assert largest == matching.SOURCES_PER_BLOCK

@@ -16,7 +16,7 @@ def both(function, monkeypatch):
     """What the kernels and what the PyTorch form return."""
     fast = function()
     with monkeypatch.context() as patch:
-        patch.setattr(merging, "direct", lambda *tensors: False)
+        patch.setattr(cpu, "direct", lambda *tensors: False)
         return fast, function()
 
 
@@ -53,6 +53,15 @@ def test_a_row_of_zeros_is_like_nobody_and_nan_wins():
     assert cosine(feature, source, target).similarity.item() == 0.0
     feature[0, 3], feature[0, 21] = 1.0, float("nan")
     assert cosine(feature, source, target).target.item() == 21
+
+
+def test_compilers_call_the_same_kernel():
+    feature, order = torch.randn(2, 40, 8), positions(2, 40, 40)
+    arguments = feature, order[:, :15], order[:, 15:]
+    torch.library.opcheck(torch.ops.mambatrim.nearest, arguments)
+    made = torch.compile(cosine, backend="eager", fullgraph=True)(*arguments)
+    assert torch.equal(made.target, cosine(*arguments).target)
+    assert torch.equal(made.similarity, cosine(*arguments).similarity)
 
 
 @pytest.mark.parametrize(("batch", "gone"), [(1, 0), (2, 1), (3, 6), (2, 12), (0, 4)])

@@ -221,6 +221,16 @@ def test_the_compiled_clustering_is_the_definition(batch, rows, seed, share, exp
     Assignment(keep, dest).check()
 
 
+@pytest.mark.parametrize("apart", [0.0, 0.02, 1.0])
+def test_rows_that_are_too_far_to_be_partners_change_nothing(apart):
+    torch.manual_seed(5)
+    x = torch.randn(2, 6, 33).repeat_interleave(15, dim=1) + 0.5 * torch.randn(2, 90, 33)
+    place = torch.stack([torch.arange(90), torch.arange(90) % 10], dim=1).repeat(2, 1, 1) * apart
+    arguments = (x, torch.randint(1, 4, (2, 90)).float(), place, 60, 1.0)
+    for made, meant in zip(kernels.agglomerate(*arguments), clustering._pytorch(*arguments), strict=True):
+        assert torch.equal(made, meant)
+
+
 def test_clustering_takes_rows_that_are_no_numbers():
     x = torch.randn(1, 9, 4)
     x[0, 2:5] = torch.nan

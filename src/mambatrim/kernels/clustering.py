@@ -2,7 +2,8 @@
 
 Two clusters cost (1 - cosine of their means) times Ward's factor of their weights, plus the distance of their mean
 coordinates; the cheapest pair is joined until so many rows are left. The means are never made: the products of all
-rows are enough, for those of a sum are sums.
+rows are enough, for those of a sum are sums. And no pair costs less than the distance of its coordinates, so that the
+compiled kernel multiplies near rows only, and needs no memory for all pairs.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def pair_costs(gram: Tensor, weight: Tensor, coordinates: Tensor, exponent: floa
     cosine = gram * inverse[:, :, None] * inverse[:, None, :]
     ward = 2 * weight[:, :, None] * weight[:, None, :] / (weight[:, :, None] + weight[:, None, :])
     apart = (coordinates[:, :, None] - coordinates[:, None]).abs().sum(dim=3)
-    cost = (1 - cosine) * ward**exponent + apart
+    cost = (1 - cosine).clamp(min=0) * ward**exponent + apart  # not below the distance, whatever rounding does
     cost = torch.nan_to_num(cost, nan=torch.finfo(cost.dtype).max)  # what is no number comes last
     return cost + torch.diag_embed(torch.full_like(length, torch.inf))
 

@@ -26,11 +26,11 @@ _ONEDNN = _has_onednn()
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x (..., I) times weight (O, I) transposed -> (..., O).
 
-    A compiled or exported graph gets PyTorch's own operator, which every back end knows.
+    An exported graph gets PyTorch's own operator, which every back end knows.
     """
     plain = (
         not _ONEDNN
-        or torch.compiler.is_compiling()
+        or torch.compiler.is_exporting()
         or x.dtype != torch.float32
         or weight.dtype != torch.float32
         or x.device.type != "cpu"
@@ -39,7 +39,9 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     )
     if plain:
         return F.linear(x, weight)
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+    differentiated = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    # compilers take PyTorch's private operator only with weights that they packed themselves
+    if differentiated or torch.compiler.is_compiling():
         return torch.ops.mambatrim.linear(x, weight)
     return _onednn(x, weight)
 

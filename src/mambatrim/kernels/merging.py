@@ -3,7 +3,8 @@ assignments (definitions in PyTorch: reduction/assignment.py and reduction/match
 
 A step is many small operations, and at batch 1 it costs what calling them costs. So these kernels are called directly,
 not as operators, where `cpu.direct` says that they can be; whoever compiles, exports, traces or needs a gradient gets
-the PyTorch form.
+the PyTorch form. Only `mambatrim::nearest` is an operator too, for compilers: a choice between two that are nearly
+alike must not depend on who makes it.
 """
 
 from __future__ import annotations
@@ -11,13 +12,22 @@ from __future__ import annotations
 import struct
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import cpu
+from .library import register
 
 _ROWS, _NEAREST, _LINKS, _LIFT, _MERGE = (
     struct.Struct(record).pack for record in (cpu.ROWS, cpu.NEAREST, cpu.LINKS, cpu.LIFT, cpu.MERGE)
 )
+
+
+def compiling(feature: Tensor) -> bool:
+    """Whether a compiler, and no exporter, is to call `mambatrim::nearest` on features that need no gradient."""
+    if not torch.compiler.is_compiling() or torch.compiler.is_exporting() or feature.device.type != "cpu":
+        return False
+    return not (torch.is_grad_enabled() and feature.requires_grad)
 
 
 def take_rows(x: Tensor, positions: Tensor, directions: int = 1) -> Tensor:
@@ -54,6 +64,30 @@ def nearest(feature: Tensor, source: Tensor, target: Tensor) -> tuple[Tensor, Te
             ),
         )
     return best, similarity
+
+
+def _nearest_cpu(feature: Tensor, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    run = nearest if cpu.compiled() and feature.dtype == torch.float32 else _nearest_pytorch
+    return run(feature, source, target)
+
+
+def _nearest_pytorch(feature: Tensor, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    unit = F.normalize(feature, dim=2, eps=1e-12)
+    a, b = (unit.take_along_dim(positions.unsqueeze(2), dim=1) for positions in (source, target))
+    blocks = [(rows @ b.transpose(1, 2)).max(dim=2) for rows in a.split(256, dim=1)]  # never (B, n, m) at once
+    index = torch.cat([best.indices for best in blocks], dim=1)
+    return target.gather(1, index), torch.cat([best.values for best in blocks], dim=1)
+
+
+def _nearest_fake(feature: Tensor, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(source), feature.new_empty(source.shape)
+
+
+register(
+    "nearest",
+    "(Tensor feature, Tensor source, Tensor target) -> (Tensor best, Tensor similarity)",
+    *(_nearest_cpu, _nearest_pytorch, _nearest_fake),
+)
 
 
 def links(source: Tensor, target: Tensor | None, length: int) -> tuple[Tensor, Tensor]:

@@ -37,8 +37,11 @@ def cosine(feature: Tensor, source: Tensor, target: Tensor, nth: int = 1) -> Lin
         target: (B, m) positions to choose from.
         nth: 1 for the best, 2 for the second best, ...; the last where there are fewer.
     """
-    if nth == 1 and target.shape[1] and feature.dtype == torch.float32 and cpu.direct(feature, source, target):
-        return Links(*merging.nearest(feature, source, target))
+    if nth == 1 and target.shape[1] and feature.dtype == torch.float32:
+        if cpu.direct(feature, source, target):
+            return Links(*merging.nearest(feature, source, target))
+        if merging.compiling(feature):
+            return Links(*torch.ops.mambatrim.nearest(feature, source, target))
     a, b = unit(take_rows(feature, source)), unit(take_rows(feature, target))  # (B, n, F), (B, m, F)
     return _best(a, b, target, nth, lambda a, b: a @ b.transpose(1, 2))
 

@@ -1,57 +1,49 @@
 // Agglomerative clustering of the rows of a matrix, exact and sequential (definition: kernels/clustering.py).
 //
 // A row remembers its cheapest partner among the rows behind it. After a pair was joined only the rows that remember one of
-// the two look again; the others compare with the new cluster. So a join costs a few walks over one row.
+// the two look again; the others compare with the new cluster. A pair costs at least the distance of its places, so a row
+// is multiplied only with those that are near enough to be its partner: no matrix of products is ever made.
 #pragma once
 #include <cmath>
 
 #include "abi.h"
 #include "vec.h"
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 namespace {
 
-struct Clusters {
-    int64_t axes;
-    float exponent;
-    const float *gram, *inverse, *weight, *gone;  // (M, stride), (stride) each
-    const float* place;                           // (P, stride)
-    int64_t stride;
-
-    // Costs of row i with all rows, in `out`; infinite for those that are gone.
-    void costs(int64_t i, float* out) const {
-        const float* g = gram + i * stride;
-        for (int64_t j = 0; j < stride; j += W) {
-            const vf w = load(weight + j, W);
-            vf ward = 2.0f * w * weight[i] / (w + weight[i]);
-            if (exponent == 0.0f) ward = splat(1.0f);
-            else if (exponent != 1.0f)
-                for (int l = 0; l < W; l++) ward[l] = std::pow(ward[l], exponent);
-            const vf cost = (1.0f - load(g + j, W) * inverse[i] * load(inverse + j, W)) * ward;
-            vf apart = load(gone + j, W);
-            for (int64_t a = 0; a < axes; a++) apart += magnitude(load(place + a * stride + j, W) - place[a * stride + i]);
-            store(out + j, cost + apart, W);
-        }
-    }
-};
+// Bit l is set where lane l is (all lanes are 0 or -1).
+INLINE uint32_t lanes_set(vi mask) {
+#if defined(__AVX512F__)
+    return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask);
+#elif defined(__AVX2__)
+    return (uint32_t)_mm256_movemask_ps((__m256)mask);
+#else
+    uint32_t bits = 0;
+    for (int l = 0; l < W; l++) bits |= (uint32_t)(mask[l] & 1) << l;
+    return bits;
+#endif
+}
 
 INLINE float inverse_length(float square) {
     const float length = std::sqrt(square > 0.0f ? square : 0.0f);
     return length > 1e-12f ? 1.0f / length : 0.0f;
 }
 
-// The first place after `i` where x is smallest; x has `stride` entries, whole vectors, infinite where nothing may be chosen.
-INLINE int64_t smallest_behind(const float* x, int64_t i, int64_t stride) {
+// The first place where x is smallest; x has `stride` entries, whole vectors, infinite where nothing may be chosen.
+INLINE int64_t smallest(const float* x, int64_t stride) {
     vf best = splat(INFINITY);
     vi at{}, lane{};
     for (int l = 0; l < W; l++) lane[l] = l;
-    for (int64_t j = (i + 1) / W * W; j < stride; j += W) {
-        const vi index = lane + (int32_t)j;
-        const vf value = select(index > (int32_t)i, load(x + j, W), splat(INFINITY));
+    for (int64_t j = 0; j < stride; j += W) {
+        const vf value = load(x + j, W);
         const vi less = value < best;
         best = select(less, value, best);
-        at = less ? index : at;
+        at = less ? lane + (int32_t)j : at;
     }
-    int64_t found = i + 1;
+    int64_t found = 0;
     float least = INFINITY;
     for (int l = 0; l < W; l++)
         if (best[l] < least || (best[l] == least && best[l] < INFINITY && at[l] < found)) {
@@ -61,61 +53,117 @@ INLINE int64_t smallest_behind(const float* x, int64_t i, int64_t stride) {
     return found;
 }
 
-// Products of all rows of x (M, F), row j times weight[j]: the upper triangle in blocks, and its mirror image.
-void products(const float* x, int64_t rows, int64_t width, const float* weight, int64_t stride, float* turned, float* gram) {
-    constexpr int64_t TALL = 6, WIDE = 2;
-    for (int64_t j0 = 0; j0 < stride; j0 += W)  // in squares, which stay in the cache
-        for (int64_t f = 0; f < width; f++)
-            for (int64_t j = j0; j < j0 + W; j++) turned[f * stride + j] = j < rows ? x[j * width + f] * weight[j] : 0.0f;
-    for (int64_t i0 = 0; i0 < rows; i0 += TALL)
-        for (int64_t j0 = i0 / W * W; j0 < stride; j0 += WIDE * W) {
-            vf sum[TALL][WIDE] = {};
-            const int64_t second = smaller(j0 + W, stride - W);  // the last block may have one vector only
-            const float* row[TALL];
-            for (int64_t i = 0; i < TALL; i++) row[i] = x + smaller(i0 + i, rows - 1) * width;
-            for (int64_t f = 0; f < width; f++) {
-                const vf a = load(turned + f * stride + j0, W), b = load(turned + f * stride + second, W);
-#pragma GCC unroll 6
-                for (int64_t i = 0; i < TALL; i++) {
-                    sum[i][0] += a * row[i][f];
-                    sum[i][1] += b * row[i][f];
-                }
-            }
-            for (int64_t i = i0; i < smaller(i0 + TALL, rows); i++) {
-                store(gram + i * stride + j0, sum[i - i0][0] * weight[i], W);
-                store(gram + i * stride + second, sum[i - i0][1] * weight[i], W);
+// The clusters of one image, each at the row that stands for it.
+struct Clusters {
+    int64_t rows, stride, width, axes;  // stride: of numbers per row, and width: of a row, both in whole vectors
+    float exponent;
+    float* sums;                              // (M, width): of the rows in the cluster
+    float *inverse, *weight, *gone, *price;   // (stride): 1 / length of the sum; infinite if gone; cost of the partner
+    float* place;                             // (P, stride)
+    int32_t *partner, *root;                  // (stride)
+
+    static int64_t vectors(int64_t stride, int64_t width, int64_t axes, int64_t rows) {
+        return (rows * width + (axes + 6) * stride) / W;
+    }
+    Clusters(const ClusterArgs& p, int64_t stride, int64_t width, float* memory)
+        : rows(p.rows), stride(stride), width(width), axes(p.axes), exponent((float)p.exponent), sums(memory),
+          inverse(sums + rows * width), weight(inverse + stride), gone(weight + stride), price(gone + stride),
+          place(price + stride), partner((int32_t*)(place + axes * stride)), root(partner + stride) {}
+
+    const float* row(int64_t i) const { return sums + i * width; }
+
+    // Products of row i with four others.
+    void products(int64_t i, const float* const* other, float* out) const {
+        vf dot[4] = {};
+        for (int64_t f = 0; f < width; f += W) {
+            const vf own = load(row(i) + f, W);
+#pragma GCC unroll 4
+            for (int k = 0; k < 4; k++) dot[k] += own * load(other[k] + f, W);
+        }
+        for (int k = 0; k < 4; k++) out[k] = sum(dot[k]);
+    }
+
+    float cost(int64_t i, int64_t j, float product, float apart) const {
+        const float unlike = 1.0f - product * (inverse[i] * inverse[j]);
+        float ward = 2.0f * weight[i] * weight[j] / (weight[i] + weight[j]);
+        if (exponent == 0.0f) ward = 1.0f;
+        else if (exponent != 1.0f) ward = std::pow(ward, exponent);
+        return (unlike < 0.0f ? 0.0f : unlike) * ward + apart;
+    }
+
+    // Calls take(j, cost) for the rows j of [from, to) in turn; leaves out those that are farther from row i than limit(j).
+    template <class Limit, class Take>
+    void compare(int64_t i, int64_t from, int64_t to, Limit limit, Take take) const {
+        for (int64_t j0 = from / W * W; j0 < to; j0 += W) {
+            vf apart = load(gone + j0, W);
+            for (int64_t a = 0; a < axes; a++) apart += magnitude(load(place + a * stride + j0, W) - place[a * stride + i]);
+            uint32_t near = lanes_set((apart <= limit(j0)) & (apart < splat(INFINITY)));
+            if (j0 < from) near &= ~0u << (from - j0);
+            if (to - j0 < W) near &= (1u << (to - j0)) - 1;
+            while (near) {
+                const float* other[4];
+                int64_t j[4];
+                float product[4];
+                int count = 0;
+                for (; near && count < 4; near &= near - 1) j[count++] = j0 + __builtin_ctz(near);
+                for (int k = 0; k < 4; k++) other[k] = row(j[k < count ? k : 0]);
+                products(i, other, product);
+                for (int k = 0; k < count; k++) take(j[k], cost(i, j[k], product[k], apart[j[k] - j0]));
             }
         }
-    for (int64_t j0 = 0; j0 < rows; j0 += W)
-        for (int64_t i = j0 + 1; i < rows; i++)
-            for (int64_t j = j0; j < smaller(i, j0 + W); j++) gram[i * stride + j] = gram[j * stride + i];
-}
-
-// One image; `scratch` holds (M + P + 5 + F) * stride floats.
-void agglomerate_one(const ClusterArgs& p, int64_t b, int64_t stride, float* scratch, int64_t* partner, int64_t* root) {
-    const int64_t rows = p.rows, axes = p.axes, left = rows - p.r;
-    float *gram = scratch, *place = gram + rows * stride, *inverse = place + axes * stride, *weight = inverse + stride;
-    float *gone = weight + stride, *price = gone + stride, *costs = price + stride, *turned = costs + stride;
-    for (int64_t j = 0; j < stride; j++) {
-        const bool real = j < rows;
-        weight[j] = real ? ((const float*)p.weight)[b * rows + j] : 1.0f;
-        gone[j] = real ? 0.0f : INFINITY;
-        price[j] = INFINITY;
-        for (int64_t a = 0; a < axes; a++)
-            place[a * stride + j] = real ? ((const float*)p.coordinates)[(b * rows + j) * axes + a] : 0.0f;
     }
-    products((const float*)p.x + b * rows * p.width, rows, p.width, weight, stride, turned, gram);
-    for (int64_t j = 0; j < stride; j++) inverse[j] = j < rows ? inverse_length(gram[j * stride + j]) : 0.0f;
-    const Clusters clusters{axes, (float)p.exponent, gram, inverse, weight, gone, place, stride};
-    auto look = [&](int64_t i) {
-        clusters.costs(i, costs);
-        partner[i] = smallest_behind(costs, i, stride);
-        price[i] = partner[i] < rows ? costs[partner[i]] : INFINITY;
-    };
-    for (int64_t i = 0; i < rows; i++) root[i] = i;
-    for (int64_t i = 0; p.r && i + 1 < rows; i++) look(i);
-    for (int64_t step = 0; step < p.r; step++) {
-        int64_t first = smallest_behind(price, -1, stride), second = partner[first];
+
+    // Finds the cheapest partner of row i among those behind it; of equals the first.
+    void look(int64_t i) {
+        float least = INFINITY;
+        int64_t found = i + 1;
+        compare(i, i + 1, rows, [&](int64_t) { return splat(least); }, [&](int64_t j, float cost) {
+            if (cost < least) least = cost, found = j;
+        });
+        partner[i] = (int32_t)found;
+        price[i] = least;
+    }
+
+    // Cluster `kept` is new: the rows before it for which it is cheaper than their partners take it.
+    void offer(int64_t kept) {
+        compare(kept, 0, kept, [&](int64_t i0) { return load(price + i0, W); }, [&](int64_t i, float cost) {
+            if (cost < price[i] || (cost == price[i] && kept < partner[i])) {
+                partner[i] = (int32_t)kept;
+                price[i] = cost;
+            }
+        });
+    }
+
+    void measure(int64_t i) {
+        const float* other[4] = {row(i), row(i), row(i), row(i)};
+        float square[4];
+        products(i, other, square);
+        inverse[i] = inverse_length(square[0]);
+    }
+
+    void start(const ClusterArgs& p, int64_t b) {
+        for (int64_t j = 0; j < stride; j++) {
+            const bool real = j < rows;
+            weight[j] = real ? ((const float*)p.weight)[b * rows + j] : 1.0f;
+            gone[j] = real ? 0.0f : INFINITY;
+            price[j] = INFINITY;
+            root[j] = partner[j] = (int32_t)j;
+            for (int64_t a = 0; a < axes; a++)
+                place[a * stride + j] = real ? ((const float*)p.coordinates)[(b * rows + j) * axes + a] : 0.0f;
+        }
+        for (int64_t i = 0; i < rows; i++) {
+            const float* x = (const float*)p.x + (b * rows + i) * p.width;
+            for (int64_t f = 0; f < width; f += W) {
+                const int m = (int)smaller(W, p.width - f);
+                store(sums + i * width + f, load(x + f, m) * weight[i], W);
+            }
+            measure(i);
+        }
+    }
+
+    // Joins the cheapest pair.
+    void join() {
+        int64_t first = smallest(price, stride), second = partner[first];
         if (!(price[first] < INFINITY)) {  // costs that are no numbers: the first two rows that are left
             for (first = 0; gone[first] != 0.0f;) first++;
             for (second = first + 1; gone[second] != 0.0f;) second++;
@@ -128,51 +176,60 @@ void agglomerate_one(const ClusterArgs& p, int64_t b, int64_t stride, float* scr
             at[kept] = (w * at[kept] + v * at[lost]) / (w + v);
         }
         weight[kept] = w + v;
-        for (int64_t j = 0; j < rows; j++) gram[kept * stride + j] += gram[lost * stride + j];
-        for (int64_t j = 0; j < rows; j++) gram[j * stride + kept] += gram[j * stride + lost];
-        inverse[kept] = inverse_length(gram[kept * stride + kept]);
+        for (int64_t f = 0; f < width; f += W)
+            store(sums + kept * width + f, load(row(kept) + f, W) + load(row(lost) + f, W), W);
+        measure(kept);
         gone[lost] = price[lost] = INFINITY;
-        root[lost] = kept;  // roots are followed at the end
-        for (int64_t i = 0; i + 1 < rows; i++)
-            if (gone[i] == 0.0f && i != kept && (partner[i] == kept || partner[i] == lost)) look(i);
-        look(kept);  // last, for the costs are used again
-        for (int64_t i = 0; i < kept; i++)
-            if (gone[i] == 0.0f && (costs[i] < price[i] || (costs[i] == price[i] && kept < partner[i]))) {
-                partner[i] = kept;
-                price[i] = costs[i];
-            }
-    }
-    int64_t *keep = (int64_t*)p.keep + b * left, *dest = (int64_t*)p.dest + b * rows, found = 0;
-    for (int64_t i = 0; i < rows; i++)
-        if (root[i] == i && found < left) {
-            keep[found] = i;
-            dest[i] = found++;
+        root[lost] = (int32_t)kept;  // roots are followed at the end
+        for (int64_t i0 = 0; i0 < stride; i0 += W) {
+            vi of;
+            memcpy(&of, partner + i0, sizeof of);
+            uint32_t again = lanes_set(((of == (int32_t)kept) | (of == (int32_t)lost)) & (load(gone + i0, W) == splat(0.0f)));
+            for (; again; again &= again - 1)
+                if (i0 + __builtin_ctz(again) != kept) look(i0 + __builtin_ctz(again));
         }
-    for (int64_t i = 0; i < rows; i++) {
-        int64_t top = i;
-        while (root[top] != top) top = root[top];
-        dest[i] = dest[top];
+        look(kept);
+        offer(kept);
     }
-}
+
+    void finish(int64_t* keep, int64_t* dest) const {
+        int64_t found = 0;
+        for (int64_t i = 0; i < rows; i++)
+            if (root[i] == i) {
+                keep[found] = i;
+                dest[i] = found++;
+            }
+        for (int64_t i = 0; i < rows; i++) {
+            int64_t top = i;
+            while (root[top] != top) top = root[top];
+            dest[i] = dest[top];
+        }
+    }
+};
 
 int agglomerate(const ClusterArgs& p) {
-    const int64_t stride = (p.rows + W - 1) / W * W;
-    int failed = 0;
+    constexpr int64_t TOGETHER = 16;  // rows that look at a time
+    const int64_t stride = (p.rows + W - 1) / W * W, width = (p.width + W - 1) / W * W;
+    const int64_t each = Clusters::vectors(stride, width, p.axes, p.rows), parts = (p.rows + TOGETHER - 1) / TOGETHER;
+    Scratch memory(p.batch * each);
+    if (!memory) return 1;
+    auto image = [&](int64_t b) { return Clusters(p, stride, width, (float*)(memory + b * each)); };
 #pragma omp parallel num_threads((int)p.threads) if (p.threads > 1)
     {
-        Scratch scratch((p.rows + p.axes + 5 + p.width) * stride / W);
-        int64_t* partner = (int64_t*)malloc(sizeof(int64_t) * (size_t)(2 * p.rows));
-        if (!scratch || !partner) {
-#pragma omp atomic write
-            failed = 1;
-        } else {
+#pragma omp for schedule(static)
+        for (int64_t b = 0; b < p.batch; b++) image(b).start(p, b);
+#pragma omp for collapse(2) schedule(dynamic, 1)
+        for (int64_t b = 0; b < p.batch; b++)
+            for (int64_t part = 0; part < parts; part++)
+                for (int64_t i = part * TOGETHER; p.r && i < smaller((part + 1) * TOGETHER, p.rows); i++) image(b).look(i);
 #pragma omp for schedule(dynamic, 1)
-            for (int64_t b = 0; b < p.batch; b++)
-                agglomerate_one(p, b, stride, (float*)scratch.data, partner, partner + p.rows);
+        for (int64_t b = 0; b < p.batch; b++) {
+            Clusters clusters = image(b);
+            for (int64_t step = 0; step < p.r; step++) clusters.join();
+            clusters.finish((int64_t*)p.keep + b * (p.rows - p.r), (int64_t*)p.dest + b * p.rows);
         }
-        free(partner);
     }
-    return failed;
+    return 0;
 }
 
 }  // namespace

@@ -56,49 +56,50 @@ int conv_backward(const ConvArgs& p) {
 #pragma omp parallel num_threads((int)p.threads) if (p.threads > 1)
     {
         Scratch grad(length), grad_x(length);  // of the sum before SiLU, by position in the walk; of x, by token
-        if (!grad || !grad_x) {
+        const bool ready = grad && grad_x;
+        if (!ready) {
 #pragma omp atomic write
             failed = 1;
-        } else {
+        }
 #pragma omp for schedule(dynamic, 1)
-            for (int64_t task = 0; task < chunks * blocks; task++) {
-                const int64_t chunk = task / blocks, block = task % blocks;
-                const int m = (int)smaller(W, p.channels - block * W);
-                for (int64_t b = chunk * p.batch / chunks; b < (chunk + 1) * p.batch / chunks; b++) {
-                    const T* x = (const T*)p.x + b * p.x_batch + block * W;
-                    for (int64_t t = 0; t < length; t++) grad_x[t] = vf{};
-                    for (int64_t s = 0; s < p.directions; s++) {
-                        const ConvDirection& dir = p.direction[s];
-                        vf weight[KS ? KS : MAX_WIDTH], window[KS ? KS : MAX_WIDTH], bias;
-                        conv_parameters(dir, width, block, m, weight, bias);
-                        const T* gy = (const T*)p.grad_y + (s * p.batch + b) * length * p.channels + block * W;
-                        vf* own = parameters + chunk * per_chunk + (s * blocks + block) * (width + 1);
-                        for (int64_t k = 0; k < width; k++) window[k] = vf{};
-                        for (int64_t j = 0; j < length; j++) {
-                            const int64_t t = dir.reverse ? length - 1 - j : j;
-                            for (int64_t k = 0; k + 1 < width; k++) window[k] = window[k + 1];
-                            window[width - 1] = load(x + t * p.x_token, m);
-                            vf g = load(gy + t * p.channels, m);
-                            if (p.silu) {
-                                vf out = bias;
-                                for (int64_t k = 0; k < width; k++) out += weight[k] * window[k];
-                                const vf gate = sigmoid(out);
-                                g *= gate * (1.0f + out * (1.0f - gate));
-                            }
-                            grad[j] = g;
-                            for (int64_t k = 0; k < width; k++) own[k] += g * window[k];
-                            own[width] += g;
+        for (int64_t task = 0; task < chunks * blocks; task++) {
+            if (!ready) continue;  // every thread meets every loop
+            const int64_t chunk = task / blocks, block = task % blocks;
+            const int m = (int)smaller(W, p.channels - block * W);
+            for (int64_t b = chunk * p.batch / chunks; b < (chunk + 1) * p.batch / chunks; b++) {
+                const T* x = (const T*)p.x + b * p.x_batch + block * W;
+                for (int64_t t = 0; t < length; t++) grad_x[t] = vf{};
+                for (int64_t s = 0; s < p.directions; s++) {
+                    const ConvDirection& dir = p.direction[s];
+                    vf weight[KS ? KS : MAX_WIDTH], window[KS ? KS : MAX_WIDTH], bias;
+                    conv_parameters(dir, width, block, m, weight, bias);
+                    const T* gy = (const T*)p.grad_y + (s * p.batch + b) * length * p.channels + block * W;
+                    vf* own = parameters + chunk * per_chunk + (s * blocks + block) * (width + 1);
+                    for (int64_t k = 0; k < width; k++) window[k] = vf{};
+                    for (int64_t j = 0; j < length; j++) {
+                        const int64_t t = dir.reverse ? length - 1 - j : j;
+                        for (int64_t k = 0; k + 1 < width; k++) window[k] = window[k + 1];
+                        window[width - 1] = load(x + t * p.x_token, m);
+                        vf g = load(gy + t * p.channels, m);
+                        if (p.silu) {
+                            vf out = bias;
+                            for (int64_t k = 0; k < width; k++) out += weight[k] * window[k];
+                            const vf gate = sigmoid(out);
+                            g *= gate * (1.0f + out * (1.0f - gate));
                         }
-                        for (int64_t j = 0; j < length; j++) {
-                            vf g{};  // token j is tap width - 1 of its own output, the tap before of the next one, ...
-                            for (int64_t k = width - 1; k >= 0 && j + width - 1 - k < length; k--)
-                                g += weight[k] * grad[j + width - 1 - k];
-                            grad_x[dir.reverse ? length - 1 - j : j] += g;
-                        }
+                        grad[j] = g;
+                        for (int64_t k = 0; k < width; k++) own[k] += g * window[k];
+                        own[width] += g;
                     }
-                    T* out = (T*)p.grad_x + b * length * p.channels + block * W;
-                    for (int64_t t = 0; t < length; t++) store(out + t * p.channels, grad_x[t], m);
+                    for (int64_t j = 0; j < length; j++) {
+                        vf g{};  // token j is tap width - 1 of its own output, the tap before of the next one, ...
+                        for (int64_t k = width - 1; k >= 0 && j + width - 1 - k < length; k--)
+                            g += weight[k] * grad[j + width - 1 - k];
+                        grad_x[dir.reverse ? length - 1 - j : j] += g;
+                    }
                 }
+                T* out = (T*)p.grad_x + b * length * p.channels + block * W;
+                for (int64_t t = 0; t < length; t++) store(out + t * p.channels, grad_x[t], m);
             }
         }
     }

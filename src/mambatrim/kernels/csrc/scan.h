@@ -166,24 +166,25 @@ int scan_tasks(const ScanArgs& p, Block run) {
 #pragma omp for schedule(static)
         for (int64_t block = 0; block < blocks; block++) pack(p, packed, block);
         Scratch sum_y(length), sum_dt(length), steps(length);
-        if (!sum_y || !sum_dt || !steps) {
+        const bool ready = sum_y && sum_dt && steps;
+        if (!ready) {
 #pragma omp atomic write
             failed = 1;
-        } else {
+        }
 #pragma omp for schedule(dynamic, 1)
-            for (int64_t task = 0; task < tasks; task++) {
-                const int64_t b = task / groups, group = task % groups;
-                const int64_t end = smaller((group + 1) * per_task, blocks);
-                // the directions of a block follow each other; the mean of dt needs one sum per direction over all blocks
-                for (int64_t block = group * per_task; block < end; block++)
-                    for (int64_t s = 0; s < p.directions; s++) {
-                        float* mean = partial + (task * p.directions + s) * length;
-                        for (int64_t t = 0; t < length; t++) sum_dt[t] = vf{};
-                        run(s, packed[s], b, block, sum_y, sum_dt, steps);
-                        const bool fresh = block == group * per_task;
-                        for (int64_t t = 0; t < length; t++) mean[t] = (fresh ? 0.0f : mean[t]) + sum(sum_dt[t]);
-                    }
-            }
+        for (int64_t task = 0; task < tasks; task++) {
+            if (!ready) continue;  // every thread has to meet the loop
+            const int64_t b = task / groups, group = task % groups;
+            const int64_t end = smaller((group + 1) * per_task, blocks);
+            // the directions of a block follow each other; the mean of dt needs one sum per direction over all blocks
+            for (int64_t block = group * per_task; block < end; block++)
+                for (int64_t s = 0; s < p.directions; s++) {
+                    float* mean = partial + (task * p.directions + s) * length;
+                    for (int64_t t = 0; t < length; t++) sum_dt[t] = vf{};
+                    run(s, packed[s], b, block, sum_y, sum_dt, steps);
+                    const bool fresh = block == group * per_task;
+                    for (int64_t t = 0; t < length; t++) mean[t] = (fresh ? 0.0f : mean[t]) + sum(sum_dt[t]);
+                }
         }
     }
     for (int64_t b = 0; b < p.batch && !failed; b++)
@@ -439,26 +440,27 @@ int scan_backward(const ScanArgs& p) {
 #pragma omp for schedule(static)
         for (int64_t block = 0; block < blocks; block++) pack(p, packed, block);
         BackwardScratch w(length, n_states, (blocks + groups - 1) / groups);
-        if (w.failed()) {
+        const bool ready = !w.failed();
+        if (!ready) {
 #pragma omp atomic write
             failed = 1;
-        } else {
+        }
 #pragma omp for schedule(dynamic, 1)
-            for (int64_t task = 0; task < chunks * groups; task++) {
-                const int64_t chunk = task / groups, group = task % groups;
-                const int64_t block0 = group * blocks / groups, block1 = (group + 1) * blocks / groups;
-                for (int64_t b = chunk * p.batch / chunks; b < (chunk + 1) * p.batch / chunks; b++) {
-                    for (int64_t block = block0; block < block1; block++)
-                        before_gate<T>(p, b, block, w.incoming + (block - block0) * length);
-                    for (int64_t s = 0; s < dirs; s++) {
-                        float* out_b = partial + (group * dirs + s) * 2 * all_rows + b * rows;
-                        vf* own = parameters + chunk * per_chunk + (s * blocks + block0) * (n_states + 2);
-                        backward_direction<T, NS>(p, s, packed[s], b, block0, block1, w, own, out_b, out_b + all_rows);
-                    }
-                    if (p.z)
-                        for (int64_t block = block0; block < block1; block++)
-                            backward_gate<T>(p, b, block, w.sum_y + (block - block0) * length);
+        for (int64_t task = 0; task < chunks * groups; task++) {
+            if (!ready) continue;  // every thread has to meet the loop
+            const int64_t chunk = task / groups, group = task % groups;
+            const int64_t block0 = group * blocks / groups, block1 = (group + 1) * blocks / groups;
+            for (int64_t b = chunk * p.batch / chunks; b < (chunk + 1) * p.batch / chunks; b++) {
+                for (int64_t block = block0; block < block1; block++)
+                    before_gate<T>(p, b, block, w.incoming + (block - block0) * length);
+                for (int64_t s = 0; s < dirs; s++) {
+                    float* out_b = partial + (group * dirs + s) * 2 * all_rows + b * rows;
+                    vf* own = parameters + chunk * per_chunk + (s * blocks + block0) * (n_states + 2);
+                    backward_direction<T, NS>(p, s, packed[s], b, block0, block1, w, own, out_b, out_b + all_rows);
                 }
+                if (p.z)
+                    for (int64_t block = block0; block < block1; block++)
+                        backward_gate<T>(p, b, block, w.sum_y + (block - block0) * length);
             }
         }
     }

@@ -20,46 +20,46 @@ int virtual_conv_forward(const ConvArgs& p) {
         if (!mean) {
 #pragma omp atomic write
             failed = 1;
-        } else {
-#pragma omp for collapse(2) schedule(static)
-            for (int64_t b = 0; b < p.batch; b++)
-                for (int64_t block = 0; block < blocks; block++) {
-                    const int m = (int)smaller(W, p.channels - block * W);
-                    const T* x = (const T*)p.x + b * p.x_batch + block * W;
-                    const int64_t* source = (const int64_t*)p.source + b * p.steps;
-                    const float* share = (const float*)p.share + b * rows;
-                    for (int64_t s = 0; s < p.directions; s++) {
-                        const ConvDirection& dir = p.direction[s];
-                        vf weight[KS ? KS : MAX_WIDTH], window[KS ? KS : MAX_WIDTH], bias, out{}, row_x{}, total{};
-                        conv_parameters(dir, width, block, m, weight, bias);
-                        for (int64_t k = 0; k < width; k++) window[k] = vf{};
-                        for (int64_t t = 0; t < rows; t++) mean[t] = vf{};
-                        int64_t row = -1, run = 0;
-                        for (int64_t j = 0; j < p.steps; j++) {
-                            const int64_t now = source[dir.reverse ? p.steps - 1 - j : j];
-                            if ((uint64_t)now >= (uint64_t)rows) continue;
-                            if (now != row) {
-                                if (run) mean[row] += total * share[row];
-                                total = vf{};
-                                run = 0;
-                                row = now;
-                                row_x = load(x + row * p.x_token, m);
-                            }
-                            if (run++ < width) {  // after that the window holds nothing but this row
-                                for (int64_t k = 0; k + 1 < width; k++) window[k] = window[k + 1];
-                                window[width - 1] = row_x;
-                                out = bias;
-                                for (int64_t k = 0; k < width; k++) out += weight[k] * window[k];
-                                if (p.silu) out *= sigmoid(out);
-                            }
-                            total += out;
-                        }
-                        if (run) mean[row] += total * share[row];
-                        T* y = (T*)p.y + (s * p.batch + b) * rows * p.channels + block * W;
-                        for (int64_t t = 0; t < rows; t++) store(y + t * p.channels, mean[t], m);
-                    }
-                }
         }
+#pragma omp for collapse(2) schedule(static)
+        for (int64_t b = 0; b < p.batch; b++)
+            for (int64_t block = 0; block < blocks; block++) {
+                if (!mean) continue;  // every thread has to meet the loop
+                const int m = (int)smaller(W, p.channels - block * W);
+                const T* x = (const T*)p.x + b * p.x_batch + block * W;
+                const int64_t* source = (const int64_t*)p.source + b * p.steps;
+                const float* share = (const float*)p.share + b * rows;
+                for (int64_t s = 0; s < p.directions; s++) {
+                    const ConvDirection& dir = p.direction[s];
+                    vf weight[KS ? KS : MAX_WIDTH], window[KS ? KS : MAX_WIDTH], bias, out{}, row_x{}, total{};
+                    conv_parameters(dir, width, block, m, weight, bias);
+                    for (int64_t k = 0; k < width; k++) window[k] = vf{};
+                    for (int64_t t = 0; t < rows; t++) mean[t] = vf{};
+                    int64_t row = -1, run = 0;
+                    for (int64_t j = 0; j < p.steps; j++) {
+                        const int64_t now = source[dir.reverse ? p.steps - 1 - j : j];
+                        if ((uint64_t)now >= (uint64_t)rows) continue;
+                        if (now != row) {
+                            if (run) mean[row] += total * share[row];
+                            total = vf{};
+                            run = 0;
+                            row = now;
+                            row_x = load(x + row * p.x_token, m);
+                        }
+                        if (run++ < width) {  // after that the window holds nothing but this row
+                            for (int64_t k = 0; k + 1 < width; k++) window[k] = window[k + 1];
+                            window[width - 1] = row_x;
+                            out = bias;
+                            for (int64_t k = 0; k < width; k++) out += weight[k] * window[k];
+                            if (p.silu) out *= sigmoid(out);
+                        }
+                        total += out;
+                    }
+                    if (run) mean[row] += total * share[row];
+                    T* y = (T*)p.y + (s * p.batch + b) * rows * p.channels + block * W;
+                    for (int64_t t = 0; t < rows; t++) store(y + t * p.channels, mean[t], m);
+                }
+            }
     }
     return failed;
 }
