@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mambatrim.kernels import cpu, merging
+from mambatrim.kernels import cpu
 from mambatrim.reduction import Assignment, Tokens, take_rows
 from mambatrim.reduction.matching import cosine
 
