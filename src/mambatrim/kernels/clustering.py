@@ -116,7 +116,7 @@ def _cpu(x: Tensor, weight: Tensor, coordinates: Tensor, r: int, exponent: float
     return keep, dest
 
 
-def _fake(x: Tensor, weight: Tensor, coordinates: Tensor, r: int, exponent: float) -> tuple[Tensor, Tensor]:
+def _fake(x: Tensor, weight: Tensor, coordinates: Tensor, r: int, *_: Any) -> tuple[Tensor, Tensor]:
     batch, rows = weight.shape
     return x.new_empty(batch, rows - r, dtype=torch.int64), x.new_empty(batch, rows, dtype=torch.int64)
 
@@ -142,9 +142,10 @@ def cluster_macs(rows: int, r: int, width: int) -> int:
 
 
 def agglomerate_rounds(
-    x: Tensor, weight: Tensor, coordinates: Tensor, r: int, exponent: float = 1.0
+    x: Tensor, weight: Tensor, coordinates: Tensor, r: int, exponent: float = 1.0, count: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Join r pairs of rows in about log2(r) rounds: arguments and results of `agglomerate`, and nearly its clusters.
+    """Join r pairs of rows in `count` rounds (None: `rounds(r)`): arguments and results of `agglomerate`, and nearly
+    its clusters.
 
     In a round two rows that are each other's cheapest partner join, all such pairs at once, but the cheapest of them
     only until half of what is left to do is done. Of equally cheap partners a row takes the one whose index differs in
@@ -154,13 +155,19 @@ def agglomerate_rounds(
 
     Differs from `agglomerate` where a join makes a pair cheaper than one that joined in the same round.
     """
-    x, weight, coordinates = _checked(x, weight, coordinates, r)
+    return torch.ops.mambatrim.agglomerate_rounds(*_checked(x, weight, coordinates, r), r, exponent, count)
+
+
+def _rounds(
+    x: Tensor, weight: Tensor, coordinates: Tensor, r: int, exponent: float, count: int | None
+) -> tuple[Tensor, Tensor]:
+    """In PyTorch, on every device."""
     batch, rows = weight.shape
     sums, place = x * weight.unsqueeze(2), torch.arange(rows, device=x.device)
     gram = sums @ sums.transpose(1, 2)
     gone = torch.zeros(batch, rows, dtype=torch.bool, device=x.device)
     root, left = place.repeat(batch, 1), torch.full((batch, 1), r, device=x.device)
-    for _ in range(rounds(r)):
+    for _ in range(rounds(r) if count is None else count):
         cost = _costs_left(gram, weight, coordinates, exponent, gone)
         partner = _cheapest(cost, place)
         joined = _mutual(cost, partner, place, (left + 1) // 2) & ~gone
@@ -183,8 +190,8 @@ def agglomerate_rounds(
 
 
 def rounds(r: int) -> int:
-    """How many rounds it takes to join r pairs, where each round does half of what is left, and two more."""
-    return r.bit_length() + 2 if r else 0
+    """How many rounds it takes to join r pairs, where each round does half of what is left, and one to spare."""
+    return r.bit_length() + 1 if r else 0
 
 
 def rounds_macs(rows: int, r: int, width: int) -> int:
@@ -224,3 +231,15 @@ def _merged(coordinates: Tensor, weight: Tensor, partner: Tensor, kept: Tensor) 
     w, v = weight.unsqueeze(2), weight.gather(1, partner).unsqueeze(2)
     other = coordinates.gather(1, partner.unsqueeze(2).expand_as(coordinates))
     return torch.where(kept.unsqueeze(2), (w * coordinates + v * other) / (w + v), coordinates)
+
+
+register(
+    "agglomerate_rounds",
+    "(Tensor x, Tensor weight, Tensor coordinates, int r, float exponent, int? count) -> (Tensor keep, Tensor dest)",
+    *(_rounds, _rounds, _fake),
+)
+
+
+@register_flop_formula(torch.ops.mambatrim.agglomerate_rounds)
+def _rounds_flops(x: Any, weight: Any, coordinates: Any, r: int, *_: Any, **__: Any) -> int:
+    return 2 * x[0] * rounds_macs(x[1], r, x[2])

@@ -1,8 +1,9 @@
 """The convolution and the scan over a virtual sequence in Triton, forward (definition: kernels/virtual.py, which also
 gives the gradients, on a GPU too).
 
-Values are tested in Triton's interpreter on a CPU, and the kernels are compiled for compute capability 8.0 and 9.0
-(tests/test_triton.py). They have never run on a GPU: speed is not measured, and block sizes are not tuned.
+Values are tested in Triton's interpreter on a CPU (tests/test_triton.py), and the kernels are compiled for compute
+capability 8.0 and 9.0 (tests/test_triton_compiles.py). They have never run on a GPU: speed is not measured, and block
+sizes are not tuned.
 
 All arithmetic is fp32, and there are no atomics: results are the same in every run.
 
@@ -67,7 +68,9 @@ def virtual_conv_kernel(
         total += tl.where(there[:, None], out, 0.0)
     total *= tl.load(share + image * rows + row, mask=known, other=0.0).to(tl.float32)[:, None]
     y += (s * batch + image) * rows * channels
-    tl.store(y + row[:, None] * channels + e[None, :], total.to(y.dtype.element_ty), mask=known[:, None] & live[None, :])
+    tl.store(
+        y + row[:, None] * channels + e[None, :], total.to(y.dtype.element_ty), mask=known[:, None] & live[None, :]
+    )
 
 
 @triton.jit
@@ -164,10 +167,8 @@ def scan_forward(u: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     sizes = tiles_of(A[0].shape[1], dt_weight[0].shape[1] if dt_weight else 0)
     blocks = triton.cdiv(channels, sizes["BLOCK"])
     new = partial(u.new_zeros, dtype=torch.float32)
-    y, mean, total = torch.empty_like(u[0], memory_format=torch.contiguous_format), *(
-        new(directions, batch, blocks, rows),
-        new(batch, rows, channels),
-    )
+    y, total = u.new_empty(batch, rows, channels), new(batch, rows, channels)
+    mean = new(directions, batch, blocks, rows)
     state = new(directions, batch, channels, sizes["N"])
     if not y.numel():
         return y, mean.sum(2).transpose(0, 1), state
