@@ -9,6 +9,7 @@ speedup    the model with fewer tokens: measured speed-up as a share of the idea
 deit       the model with 40 % fewer FLOPs against a plain vision transformer of its size with fused attention.
 step       one reduction (score, sort, match, merge, reorder) as a share of the block before it.
 memory     what a forward adds at its peak, against what its largest operator, the scan, reads and writes.
+cluster    the grouping of vsm, one pair after the other and in rounds; no targets.
 compile    the model under torch.compile(fullgraph=True) against the model as it is.
 
 A ratio that misses its target has a star. `mambatrim benchmark` measures any model of the zoo in the same way.
@@ -267,6 +268,27 @@ def memory(page: Page) -> None:
     page.table("memory of a forward pass beyond weights and images, fp32", header, rows())
 
 
+# -------------------------------------------------------------------------------------------------------------- cluster
+
+
+def cluster(page: Page) -> None:
+    def rows() -> Any:
+        for many in (196, 784, 3136):
+            x, weight = torch.randn(1, many, 192), torch.ones(1, many)
+            given = (x, weight, 0.02 * torch.arange(many, dtype=torch.float32)[None, :, None], many // 4)
+            ms = page.times(
+                {
+                    "one by one": partial(kernels.agglomerate, *given),
+                    "rounds": partial(kernels.agglomerate_rounds, *given),
+                }
+            )
+            found = (f"{ms['one by one']:.2f}", f"{ms['rounds']:.2f}", f"{ms['rounds'] / ms['one by one']:.0f}x")
+            yield many, many // 4, *found
+
+    header = ("rows", "pairs joined", "one by one, ms", "in rounds, ms", "rounds/one by one")
+    page.table("grouping of vsm, 192 features, random, fp32", header, rows())
+
+
 # ------------------------------------------------------------------------------------------------------- torch.compile
 
 
@@ -296,6 +318,7 @@ SECTIONS = {
     "deit": deit,
     "step": step,
     "memory": memory,
+    "cluster": cluster,
     "compile": compile_,
 }
 

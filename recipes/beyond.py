@@ -21,11 +21,11 @@ from study import STAGES, Row, Study, accuracy, ahead, divergence, heading, held
 from torch import Tensor, nn
 
 import mambatrim
-from mambatrim import methods
+from mambatrim import kernels, methods
 from mambatrim.cells import plain_word
 from mambatrim.compare import Entry, in_stages
 from mambatrim.comparison import Comparison
-from mambatrim.data import open_dataset
+from mambatrim.data import Dataset, open_dataset
 from mambatrim.evaluate import spread
 from mambatrim.methods import early, running, vsm
 from mambatrim.models.flat import FlatMamba
@@ -152,6 +152,49 @@ def _figure(row: Row | None) -> str:
 def options_part(study: Study) -> str:
     found = replace(study, targets=(0.4, 0.5)).part("options", options(), study.held(), "default")
     return _tables(found, "held-out images", {"Accuracy in percent:": accuracy, "Divergence:": divergence})
+
+
+def rounds_part(study: Study) -> str:
+    """vsm's groups made one pair after the other, and in rounds."""
+    entrants: Entrants = {"one by one": vsm(), "in rounds": vsm(grouping=methods.IN_ROUNDS)}
+    found = replace(study, targets=(0.2, 0.4, 0.6)).part("rounds", entrants, study.held(), "one by one")
+    parts = {"Accuracy in percent:": accuracy, "Points ahead:": ahead, "Divergence:": divergence}
+    texts = [_tables(found, "held-out images", parts)]
+    for name, model in study.models.items():
+        body = [[f"-{target:.0%}", *_agreement(model, study.held(), target)] for target in (0.2, 0.4, 0.6)]
+        header = ["saving", "pairs joined", "rounds needed, mean", "most", "images with equal groups"]
+        texts.append(f"**{name}**, 200 of the images, each step of the run one by one done again in rounds:")
+        texts.append(markdown_table(header, body))
+    return "\n\n".join(texts)
+
+
+@torch.inference_mode()
+def _agreement(model: nn.Module, data: Dataset, target: float) -> list[str]:
+    """The columns of the table above, of four stages each."""
+    seen: list[tuple[int, Tensor, Tensor]] = []
+
+    def both(x: Tensor, weight: Tensor, place: Tensor, r: int, exponent: float) -> tuple[Tensor, Tensor]:
+        plans = [
+            kernels.agglomerate_rounds(x, weight, place, r, exponent, count) for count in range(r.bit_length() + 5)
+        ]
+        exact, full = kernels.agglomerate(x, weight, place, r, exponent), plans[-1]
+        needed = torch.stack([~_equal(plan, full) for plan in plans]).sum(0)
+        seen.append((r, needed, _equal(kernels.agglomerate_rounds(x, weight, place, r, exponent), exact)))
+        return exact
+
+    images = prepare(spread(data, 200), model.spec.preprocess).inputs(model.spec.preprocess, 0, 200)
+    mambatrim.reduce(model, target, method=vsm(grouping=methods.Grouping(both, kernels.cluster_macs)))(images)
+    return [
+        ", ".join(str(r) for r, *_ in seen),
+        ", ".join(f"{needed.float().mean():.1f}" for _, needed, _ in seen),
+        ", ".join(str(int(needed.max())) for _, needed, _ in seen),
+        ", ".join(f"{100 * same.float().mean():.0f} %" for *_, same in seen),
+    ]
+
+
+def _equal(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> Tensor:
+    """(B): whether two plans are the same."""
+    return (a[0] == b[0]).all(1) & (a[1] == b[1]).all(1)
 
 
 def mtr_part(study: Study) -> str:
@@ -295,6 +338,7 @@ PARTS: dict[str, Callable[[Study], str]] = {
     "test": test_part,
     "broken": broken_part,
     "options": options_part,
+    "rounds": rounds_part,
     "delta": delta_part,
     "oracle": oracle_part,
 }

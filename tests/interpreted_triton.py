@@ -13,11 +13,13 @@ import torch
 from torch.nn.functional import silu
 
 from test_kernels import close, make
+from test_virtual import groups, scan_arguments
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("set TRITON_INTERPRET=1 before Python starts", allow_module_level=True)
 
-from mambatrim.kernels import reference, triton_rows, triton_scan
+from mambatrim.kernels import reference, triton_rows, triton_scan, triton_virtual, virtual
+from mambatrim.reduction import POLICIES, Assignment, Tokens
 
 NAMES = ("dt", "A", "B", "C", "D", "dt_bias", "dt_weight")
 
@@ -28,6 +30,7 @@ def poisoned(monkeypatch):
     monkeypatch.setattr(triton_scan, "CHUNK", 3)
     monkeypatch.setattr(triton_rows, "TOKENS", 4)
     monkeypatch.setattr(triton_rows, "PROGRAMS", 3)
+    monkeypatch.setattr(triton_virtual, "ROWS", 4)
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -188,3 +191,108 @@ def test_nothing_is_launched_for_nothing():
     assert triton_rows.conv_forward(z[:0], [torch.ones(3, 4)], [], [False], True).shape == (1, 0, 2, 3)
     assert not triton_rows.conv_backward(z[None, :0], z[:0], [torch.ones(3, 4)], [], [False], True)[1].any()
     assert triton_rows.norm_forward(z[:0], torch.ones(3), 1e-5, torch.float32).shape == (0, 2, 3)
+
+
+# ------------------------------------------------------------------------------------------------- virtual sequences
+
+
+def virtual_case(shape, seed=0, gone=False, dtype=torch.float32):
+    """Arguments of the scan, filters and biases of two directions, and the map, in fp32 or with u and z of `dtype`."""
+    batch, rows, positions, channels, states, rank = shape
+    torch.manual_seed(seed)
+    arguments = scan_arguments(batch, rows, channels, states, rank, dtype)
+    weight, bias = [torch.randn(channels, 4) for _ in "ab"], [torch.randn(channels) for _ in "ab"]
+    return arguments, weight, bias, groups(batch, positions, rows, gone)
+
+
+VIRTUAL_SHAPES = [(1, 1, 1, 16, 8, 2), (2, 7, 13, 40, 16, 3), (1, 5, 9, 33, 20, 5)]
+
+
+@pytest.mark.parametrize("gone", [False, True])
+@pytest.mark.parametrize("shape", VIRTUAL_SHAPES, ids=str)
+def test_virtual_sequence(shape, gone):
+    arguments, weight, bias, sequence = virtual_case(shape, gone=gone)
+    expected = virtual._scan_pytorch(*arguments, *sequence)
+    for mine, wanted in zip(triton_virtual.scan_forward(*arguments, *sequence), expected, strict=True):
+        close(mine, wanted, 1e-5)
+    x, reverse = arguments[0][0], [False, True]
+    mine = triton_virtual.conv_forward(x, weight, bias, reverse, True, *sequence)
+    close(mine, virtual._conv_pytorch(x, weight, bias, reverse, True, *sequence))
+
+
+@pytest.mark.parametrize("reverse", [[True], [True, False]], ids=str)
+def test_virtual_sequence_in_every_direction_with_nothing_optional(reverse):
+    (u, dt, A, B, C, *_), weight, _, sequence = virtual_case((2, 6, 11, 20, 4, 20))
+    many = len(reverse)
+    packed = torch.cat([dt[0], B[0], C[0]], -1).split([20, 4, 4], -1)  # rows with strides
+    lists = ([packed[0].abs(), dt[1].abs()], A, [packed[1], B[1]], [packed[2], C[1]])
+    lists = [items[:many] for items in lists]
+    arguments = (u[:many], *lists, [], [], [], None, None, reverse, False, 2.0)
+    expected = virtual._scan_pytorch(*arguments, *sequence)
+    for mine, wanted in zip(triton_virtual.scan_forward(*arguments, *sequence), expected, strict=True):
+        close(mine, wanted, 1e-5)
+    x = torch.randn(2, 6, 30)[..., 5:25]
+    mine = triton_virtual.conv_forward(x, weight[:many], [], reverse, False, *sequence)
+    close(mine, virtual._conv_pytorch(x, weight[:many], [], reverse, False, *sequence))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_virtual_sequence_in_half_precision_is_the_fp32_result_stored(dtype):
+    (u, *lists, z, repeats, reverse, softplus, scale), weight, bias, sequence = virtual_case((1, 5, 9, 33, 4, 2))
+    u, z, rest = u.to(dtype), z.to(dtype), (repeats, reverse, softplus, scale, *sequence)
+    half = triton_virtual.scan_forward(u, *lists, z, *rest)
+    exact = triton_virtual.scan_forward(u.float(), *lists, z.float(), *rest)
+    assert half[0].dtype == dtype and torch.equal(half[1], exact[1]) and torch.equal(half[2], exact[2])
+    close(half[0], stored(exact[0], dtype))
+    found, wanted = (
+        triton_virtual.conv_forward(x, weight, bias, reverse, True, *sequence) for x in (u[0], u[0].float())
+    )
+    assert found.dtype == dtype
+    close(found, stored(wanted, dtype))
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.name)
+def test_every_sequence_policy(policy):
+    """What a mixer asks of the kernels: each policy's maps and repeats, or the ordinary kernels where it has none."""
+    torch.manual_seed(5)
+    rows, positions = 6, 13
+    source = groups(2, positions, rows).source
+    keep = torch.stack([torch.stack([(image == row).nonzero()[0, 0] for row in range(rows)]) for image in source])
+    origin = Assignment(keep, source)
+    layout = policy.build(Tokens(torch.randn(2, rows, 4), origin.sum(torch.ones(2, positions)), origin, (positions,)))
+    (u, *lists, z, _, reverse, softplus, scale), weight, bias, _ = virtual_case((2, rows, positions, 35, 4, 2))
+    given = (u, *lists, z, None if layout is None else layout.repeats, reverse, softplus, scale)
+    if layout is None or layout.scanned is None:
+        found = triton_scan.scan_forward(*given)
+        meant = torch.ops.mambatrim.selective_scan(*given)
+    else:
+        found = triton_virtual.scan_forward(*given, layout.scanned, layout.share)
+        meant = torch.ops.mambatrim.virtual_scan(*given, layout.scanned, layout.share)
+    for mine, wanted in zip(found, meant, strict=True):
+        close(mine, wanted, 1e-5)
+    if layout is not None and layout.convolved is not None:
+        mine = triton_virtual.conv_forward(u[0], weight, bias, reverse, True, layout.convolved, layout.share)
+        sequence = (layout.convolved, layout.share)
+        close(mine, torch.ops.mambatrim.virtual_conv1d(u[0], weight, bias, reverse, True, *sequence))
+
+
+def test_every_row_in_its_own_place_is_the_ordinary_kernel():
+    arguments, weight, bias, _ = virtual_case((2, 7, 7, 40, 16, 3))
+    itself = torch.arange(7).repeat(2, 1), torch.ones(2, 7)
+    for mine, wanted in zip(
+        triton_virtual.scan_forward(*arguments, *itself), triton_scan.scan_forward(*arguments), strict=True
+    ):
+        close(mine, wanted)
+    x, reverse = arguments[0][0], [False, True]
+    mine = triton_virtual.conv_forward(x, weight, bias, reverse, True, *itself)
+    close(mine, triton_rows.conv_forward(x, weight, bias, reverse, True))
+
+
+def test_nothing_is_launched_for_no_image():
+    (u, *lists, z, repeats, reverse, softplus, scale), weight, bias, sequence = virtual_case((1, 2, 3, 4, 1, 1))
+    source, share = sequence.source[:0], sequence.share[:0]
+    y, mean, state = triton_virtual.scan_forward(
+        u[:, :0], *lists, z[:0], repeats[:0], reverse, softplus, scale, source, share
+    )
+    assert y.shape == (0, 2, 4) and mean.shape == (0, 2, 2) and state.shape == (2, 0, 4, 1)
+    assert triton_virtual.conv_forward(z[:0], weight, bias, reverse, True, source, share).shape == (2, 0, 2, 4)

@@ -55,6 +55,8 @@ ABLATIONS: dict[str, Method] = {
     "stm unprotected": methods.stm(0),
     "stm protected": methods.stm(2, "update"),
     "dpcknn centres": methods.dpcknn(rest=methods.members_dropped),
+    "vsm in rounds": methods.vsm(grouping=methods.IN_ROUNDS),
+    "vsm in rounds, by features alone": methods.vsm(distance=0, rows=0, grouping=methods.IN_ROUNDS),
     "kmedoids centres": methods.kmedoids(rest=methods.members_dropped, start=methods.NORM, steps=1),
 }
 ALL: dict[str, Method] = {**{name: methods.get(name) for name in NAMES}, **ABLATIONS}
@@ -130,9 +132,9 @@ def is_exact(method: Method) -> bool:
     return method.place is methods.exact
 
 
-@EVERY_METHOD
+@pytest.mark.parametrize("name", [*NAMES, "vsm in rounds"])
 def test_plans_are_those_of_every_image_alone(name):
-    method = methods.get(name)
+    method = ALL[name]
     values = some_values("random", 5, 4, 17)
     together = method.plan(signals_of(values, 17), 6)
     for image in range(4):

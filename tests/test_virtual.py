@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 import mambatrim
 from mambatrim import kernels, methods
@@ -255,10 +256,104 @@ def test_the_cheapest_pairs_are_joined():
     assert keep[0].tolist() == [0, 1, 2, 3] and dest[0].tolist() == [0, 1, 2, 3, 1, 0]
 
 
+@pytest.mark.parametrize("join", [kernels.agglomerate, kernels.agglomerate_rounds])
 @pytest.mark.parametrize("r", [-1, 3])
-def test_too_many_rows_cannot_go(r):
+def test_too_many_rows_cannot_go(r, join):
     with pytest.raises(ValueError, match="from 0 to 2 of 3 rows"):
-        kernels.agglomerate(torch.zeros(1, 3, 2), torch.ones(1, 3), torch.zeros(1, 3, 1), r)
+        join(torch.zeros(1, 3, 2), torch.ones(1, 3), torch.zeros(1, 3, 1), r)
+
+
+# ----------------------------------------------------------------------------------------------------------- in rounds
+
+
+def by_hand_rounds(cost: torch.Tensor, r: int) -> list[set[int]]:
+    """Rounds where a cluster costs what its first row does: the pairs that are each other's cheapest, half of what is
+    left to do, the cheapest first."""
+    clusters, left = {i: {i} for i in range(len(cost))}, r
+    while left:
+        best = {i: min((j for j in clusters if j != i), key=lambda j: float(cost[i, j])) for i in clusters}
+        pairs = sorted((float(cost[i, j]), i, j) for i, j in best.items() if best[j] == i and i < j)
+        for _, i, j in pairs[: (left + 1) // 2]:
+            clusters[i] |= clusters.pop(j)
+            left -= 1
+    return sorted(clusters.values(), key=min)
+
+
+def test_rounds_are_those_by_hand(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    # a cluster stays where its first row is, which outweighs all rows behind it
+    x, weight = torch.randn(2, 23, 4, generator=generator), (0.5 ** torch.arange(23.0)).expand(2, -1)
+    monkeypatch.setattr(clustering, "_merged", lambda coordinates, *_: coordinates)
+    itself = torch.diag_embed(torch.full((2, 23), torch.inf))
+    apart = lambda gram, w, place, e: (place - place.transpose(1, 2)).abs() + itself  # noqa: E731
+    monkeypatch.setattr(clustering, "pair_costs", apart)
+    place = torch.rand(2, 23, 1, generator=generator)
+    for r in (1, 6, 14, 22):
+        _, dest = kernels.agglomerate_rounds(x, weight, place, r, count=40)
+        for image in range(2):
+            expected = by_hand_rounds((place[image] - place[image].T).abs(), r)
+            assert [set(torch.nonzero(dest[image] == k)[:, 0].tolist()) for k in range(23 - r)] == expected
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    rows=st.integers(1, 24),
+    seed=st.integers(0, 99),
+    share=st.floats(0, 1),
+    levels=st.sampled_from([0, 1, 2]),
+    count=st.sampled_from([None, 0, 1]),
+)
+def test_rounds_leave_the_number_that_was_asked_for(batch, rows, seed, share, levels, count):
+    """Whatever is equal, and however few rounds: the last step takes the rest."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, rows, 5, generator=generator)
+    x = torch.randint(-1, levels, x.shape, generator=generator).float() if levels else x
+    r = int(share * (rows - 1))
+    keep, dest = kernels.agglomerate_rounds(x, torch.ones(batch, rows), torch.zeros(batch, rows, 1), r, 1.0, count)
+    assert keep.shape == (batch, rows - r)
+    Assignment(keep, dest).check()
+    assert torch.equal(dest.gather(1, keep), torch.arange(rows - r).expand(batch, -1))
+
+
+def test_rounds_join_what_one_by_one_joins_where_pairs_are_far_apart():
+    generator = torch.Generator().manual_seed(1)
+    centres = torch.randn(3, 12, 40, generator=generator)
+    x = centres.repeat_interleave(3, dim=1) + 0.05 * torch.randn(3, 36, 40, generator=generator)
+    arguments = (x, torch.ones(3, 36), torch.zeros(3, 36, 1), 24)
+    for made, meant in zip(kernels.agglomerate_rounds(*arguments), kernels.agglomerate(*arguments), strict=True):
+        assert torch.equal(made, meant)
+
+
+def test_equal_rows_pair_up_side_by_side():
+    """All costs are equal: a round joins as many pairs as it may, not one."""
+    _, dest = kernels.agglomerate_rounds(torch.ones(1, 16, 3), torch.ones(1, 16), torch.zeros(1, 16, 1), 8)
+    assert torch.bincount(dest[0]).max() <= 4
+    x = torch.full((1, 9, 4), torch.nan)
+    Assignment(*kernels.agglomerate_rounds(x, torch.ones(1, 9), torch.zeros(1, 9, 1), 5)).check()
+
+
+def test_costs_that_grow_along_a_chain_still_leave_the_right_number():
+    """Each round has a single pair, so that most are left to the last step."""
+    place = torch.tensor([1.5**k for k in range(20)])[None, :, None]
+    keep, dest = kernels.agglomerate_rounds(torch.ones(1, 20, 2), torch.ones(1, 20), place, 15, exponent=0)
+    Assignment(keep, dest).check()
+    assert keep.shape == (1, 5) and (dest.diff(dim=1) >= 0).all()  # neighbours join neighbours
+
+
+def test_rounds_export_and_are_counted():
+    model = tiny()
+    reduced = mambatrim.reduce(model, schedule=Schedule((10, 0, 8, 0)), method=methods.vsm(grouping=methods.IN_ROUNDS))
+    exact = mambatrim.reduce(model, schedule=Schedule((10, 0, 8, 0)), method="vsm")
+    images = torch.randn(3, 3, 24, 24)
+    with torch.no_grad():
+        logits = reduced(images)
+        exported = torch.export.export(reduced, (images,), strict=True)
+        torch.testing.assert_close(exported.module()(images), logits)
+    # the stages see 36 and 26 patches of 32 features
+    more = [kernels.rounds_macs(p, r, 32) - kernels.cluster_macs(p, r, 32) for p, r in ((36, 10), (26, 8))]
+    assert kernels.rounds_macs(36, 10, 32) == 36 * 36 * (32 + 6 * 6)
+    assert count_flops(reduced).total - count_flops(exact).total == sum(more)
 
 
 # ---------------------------------------------------------------------------------------------------------------- cost
@@ -289,12 +384,12 @@ def test_models_that_cannot_keep_the_clock_running_say_so():
 
 
 def test_vsm_on_every_flat_family_exports_and_trains():
-    for name in ("vim_tiny", "videomamba_tiny", "mambar_tiny"):
+    for name in ("vim_tiny", "videomamba_tiny", "videomamba_tiny_f8", "mambar_tiny"):
         spec = mambatrim.models.MODELS[name]
         small = replace(spec, config=replace(spec.config, d_model=32, depth=3, image_size=(64, 64)))
         model = mambatrim.models._BUILD[spec.family](small).eval()
         reduced = mambatrim.reduce(model, schedule=Schedule((4, 3, 0)), method="vsm")
-        images = torch.randn(2, 3, 64, 64)
+        images = torch.randn(2, 3, *model.sides())
         with torch.no_grad():
             logits = reduced(images)
             exported = torch.export.export(reduced, (images,), strict=True)
@@ -305,6 +400,23 @@ def test_vsm_on_every_flat_family_exports_and_trains():
         assert all(p.grad is not None and p.grad.isfinite().all() for p in model.blocks()[-1].parameters())
         with torch.no_grad():  # the path without gradients, which the compiled kernels take, gives the same
             torch.testing.assert_close(reduced(images), reduced.train()(images), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["videomamba_tiny_f8", "mambar_tiny"])
+def test_the_work_of_vsm_is_counted_in_videos_and_with_registers(name):
+    """What a policy and a grouping add is what the operators that ran add by their own formulas."""
+    spec = mambatrim.models.MODELS[name]
+    small = replace(spec, config=replace(spec.config, d_model=32, depth=3, image_size=(64, 64)))
+    model = mambatrim.models._BUILD[spec.family](small).eval()
+    counted, ran = [], []
+    for method in (methods.vsm(), methods.vsm(sequence=RUNNING), methods.vsm(grouping=methods.IN_ROUNDS)):
+        reduced = mambatrim.reduce(model, schedule=Schedule((4, 3, 0)), method=method)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            reduced(torch.randn(1, 3, *model.sides()))
+        counted.append(count_flops(reduced).total)
+        ran.append(counter.get_total_flops() // 2)
+    assert [c - counted[0] for c in counted] == [r - ran[0] for r in ran]
+    assert counted[0] < min(counted[1:])
 
 
 def test_signals_do_not_reach_special_tokens():

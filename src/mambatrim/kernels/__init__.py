@@ -1,6 +1,6 @@
 """Tensors in, tensors out: the selective scan, the causal convolution and RMSNorm, with their gradients."""
 
-from .clustering import agglomerate, cluster_macs
+from .clustering import agglomerate, agglomerate_rounds, cluster_macs, rounds_macs
 from .convolution import causal_conv1d
 from .linear import linear
 from .norm import rms_norm
@@ -15,11 +15,13 @@ __all__ = [
     "Scan",
     "Virtual",
     "agglomerate",
+    "agglomerate_rounds",
     "causal_conv1d",
     "cluster_macs",
     "linear",
     "project",
     "rms_norm",
+    "rounds_macs",
     "scan",
     "scan_macs",
     "selective_scan",

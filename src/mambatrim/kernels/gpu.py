@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TYPES = (torch.float32, torch.bfloat16, torch.float16)
+TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64)
 
 
 @cache
@@ -32,7 +32,7 @@ def _tensors(arguments: Sequence[Any]) -> Iterator[Tensor]:
 
 def handles(*arguments: Any) -> bool:
     """Whether the Triton kernels take these arguments: Triton is there, all tensors are on a GPU and of fp32, bf16 or
-    fp16."""
+    fp16, or maps of int64."""
     return _available() and all(x.is_cuda and x.dtype in TYPES for x in _tensors(arguments))
 
 

@@ -132,7 +132,7 @@ def norm_backward_kernel(grad_y, x, weight, grad_x, grads, rows, columns, eps, W
     tl.store(grads + tl.program_id(0).to(tl.int64) * columns + i, total, mask=i < columns)
 
 
-def _mask(reverse: list[bool]) -> int:
+def mask_of(reverse: list[bool]) -> int:
     """Bit s is set where direction s is reversed."""
     return sum(1 << s for s, turned in enumerate(reverse) if turned)
 
@@ -146,7 +146,7 @@ def conv_forward(x: Tensor, weight: list[Tensor], bias: list[Tensor], reverse: l
         grid = (batch * triton.cdiv(length, TOKENS), triton.cdiv(channels, CHANNELS), len(weight))
         with torch.cuda.device_of(x):
             conv_forward_kernel[grid](
-                *(x, x.stride(0), x.stride(1), taps, offsets, y, batch, length, channels, _mask(reverse)),
+                *(x, x.stride(0), x.stride(1), taps, offsets, y, batch, length, channels, mask_of(reverse)),
                 **{"K": taps.shape[2], "SILU": silu, "TOKENS": TOKENS, "CHANNELS": CHANNELS},
             )
     return y
@@ -166,7 +166,7 @@ def conv_backward(
         with torch.cuda.device_of(x):
             conv_backward_kernel[grid](
                 *(grad_y.contiguous(), x, x.stride(0), x.stride(1), taps, offsets, grad_x, grads),
-                *(batch, length, channels, _mask(reverse)),
+                *(batch, length, channels, mask_of(reverse)),
                 **{"S": directions, "K": width, "SILU": silu, "TOKENS": TOKENS, "CHANNELS": CHANNELS},
             )
     total = grads.sum(0)  # (S, K + 1, E)

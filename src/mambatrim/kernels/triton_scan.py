@@ -33,7 +33,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _sigmoid(x):
+def sigmoid(x):
     return 1.0 / (1.0 + tl.exp(-x))
 
 
@@ -48,7 +48,7 @@ def _softplus(x):
 
 
 @triton.jit
-def _vector(x, index, mask):
+def vector(x, index, mask):
     """Elements of a vector, zero where it was not given."""
     if x is None:
         return tl.zeros_like(index).to(tl.float32)
@@ -57,14 +57,14 @@ def _vector(x, index, mask):
 
 
 @triton.jit
-def _columns(x, index, mask, rows, SIZE: tl.constexpr):
+def columns(x, index, mask, rows, SIZE: tl.constexpr):
     """The transpose (SIZE padded, block) of rows `index` of x (E, SIZE)."""
     where = index[None, :] * SIZE + rows[:, None]
     return tl.load(x + where, mask=mask[None, :] & (rows < SIZE)[:, None], other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _raw_step(row, weight, bias, e, live, r, RANK: tl.constexpr):
+def raw_step(row, weight, bias, e, live, r, RANK: tl.constexpr):
     """The step size of a token before softplus: projected from a row of R values, or a row of E values."""
     if RANK > 0:
         values = tl.load(row + r, mask=r < RANK, other=0.0).to(tl.float32)
@@ -74,7 +74,7 @@ def _raw_step(row, weight, bias, e, live, r, RANK: tl.constexpr):
 
 
 @triton.jit
-def _step(raw, repeats, t, SOFTPLUS: tl.constexpr):
+def sized_step(raw, repeats, t, SOFTPLUS: tl.constexpr):
     """The step size of a token without and with its number of repeats."""
     step = _softplus(raw) if SOFTPLUS else raw
     if repeats is None:
@@ -93,9 +93,9 @@ def scan_forward_kernel(
     image, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     e, n, r = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, N_TILE), tl.arange(0, RANK_TILE)
     live = e < channels
-    decay_rate = _columns(a, e, live, n, N) * LOG2E
-    skip, offset = _vector(d, e, live), _vector(bias, e, live)
-    taps = _columns(weight, e, live, r, RANK) if RANK > 0 else offset
+    decay_rate = columns(a, e, live, n, N) * LOG2E
+    skip, offset = vector(d, e, live), vector(bias, e, live)
+    taps = columns(weight, e, live, r, RANK) if RANK > 0 else offset
     u, dt, b, c = u + image * u_batch, dt + image * dt_batch, b + image * b_batch, c + image * c_batch
     mean += (image * tl.num_programs(1) + block) * length
     plain = image * length * channels  # where the image starts in a contiguous (B, L, E)
@@ -104,8 +104,8 @@ def scan_forward_kernel(
     h = tl.zeros((N_TILE, BLOCK), tl.float32)
     for j in range(length):
         t = length - 1 - j if REVERSE else j
-        raw = _raw_step(dt + t * dt_token, taps, offset, e, live, r, RANK)
-        step, dose = _step(raw, repeats, t, SOFTPLUS)
+        raw = raw_step(dt + t * dt_token, taps, offset, e, live, r, RANK)
+        step, dose = sized_step(raw, repeats, t, SOFTPLUS)
         tl.store(mean + t, tl.sum(tl.where(live, step, 0.0), axis=0))
         ut = tl.load(u + t * u_token + e, mask=live, other=0.0).to(tl.float32)
         bt = tl.load(b + t * b_token + n, mask=n < N, other=0.0).to(tl.float32)
@@ -119,7 +119,7 @@ def scan_forward_kernel(
             out *= scale
             if z is not None:
                 zt = tl.load(z + image * z_batch + t * z_token + e, mask=live, other=0.0).to(tl.float32)
-                out *= zt * _sigmoid(zt)
+                out *= zt * sigmoid(zt)
             tl.store(y + here, out.to(y.dtype.element_ty), mask=live)
         else:
             tl.store(total + here, out, mask=live)
@@ -139,9 +139,9 @@ def scan_backward_kernel(
     lane, n, r = tl.arange(0, BLOCK), tl.arange(0, N_TILE), tl.arange(0, RANK_TILE)
     e = block * BLOCK + lane
     live, known = e < channels, n < N
-    rate = _columns(a, e, live, n, N)
-    skip, offset = _vector(d, e, live), _vector(bias, e, live)
-    taps = _columns(weight, e, live, r, RANK) if RANK > 0 else offset
+    rate = columns(a, e, live, n, N)
+    skip, offset = vector(d, e, live), vector(bias, e, live)
+    taps = columns(weight, e, live, r, RANK) if RANK > 0 else offset
     u, dt, b, c = u + image * u_batch, dt + image * dt_batch, b + image * b_batch, c + image * c_batch
     grad_y += image * grad_y_batch
     if z is not None:
@@ -162,8 +162,8 @@ def scan_backward_kernel(
         if j % chunk == 0:
             tl.store(starts + (j // chunk) * SIZE + tile, h)
         t = length - 1 - j if REVERSE else j
-        raw = _raw_step(dt + t * dt_token, taps, offset, e, live, r, RANK)
-        _, dose = _step(raw, repeats, t, SOFTPLUS)
+        raw = raw_step(dt + t * dt_token, taps, offset, e, live, r, RANK)
+        _, dose = sized_step(raw, repeats, t, SOFTPLUS)
         ut = tl.load(u + t * u_token + e, mask=live, other=0.0).to(tl.float32)
         bt = tl.load(b + t * b_token + n, mask=known, other=0.0).to(tl.float32)
         h = tl.exp2(dose[None, :] * (rate * LOG2E)) * h + (dose * ut)[None, :] * bt[:, None]
@@ -178,8 +178,8 @@ def scan_backward_kernel(
         for j in range(first, end):
             t = length - 1 - j if REVERSE else j
             tl.store(before + (j - first) * SIZE + tile, h)
-            raw = _raw_step(dt + t * dt_token, taps, offset, e, live, r, RANK)
-            _, dose = _step(raw, repeats, t, SOFTPLUS)
+            raw = raw_step(dt + t * dt_token, taps, offset, e, live, r, RANK)
+            _, dose = sized_step(raw, repeats, t, SOFTPLUS)
             ut = tl.load(u + t * u_token + e, mask=live, other=0.0).to(tl.float32)
             bt = tl.load(b + t * b_token + n, mask=known, other=0.0).to(tl.float32)
             h = tl.exp2(dose[None, :] * (rate * LOG2E)) * h + (dose * ut)[None, :] * bt[:, None]
@@ -192,7 +192,7 @@ def scan_backward_kernel(
                 if LAST:
                     zt = tl.load(z + t * z_token + e, mask=live, other=0.0).to(tl.float32)
                     g = tl.load(grad_y + t * grad_y_token + e, mask=live, other=0.0).to(tl.float32) * scale
-                    gate = _sigmoid(zt)
+                    gate = sigmoid(zt)
                     g *= out * (gate * (1.0 + zt * (1.0 - gate)))
                     tl.store(grad_z + here, g.to(grad_z.dtype.element_ty), mask=live)
                 else:
@@ -204,9 +204,9 @@ def scan_backward_kernel(
             g = tl.load(grad_y + t * grad_y_token + e, mask=live, other=0.0).to(tl.float32) * scale
             if z is not None:
                 zt = tl.load(z + t * z_token + e, mask=live, other=0.0).to(tl.float32)
-                g *= zt * _sigmoid(zt)
-            raw = _raw_step(dt + t * dt_token, taps, offset, e, live, r, RANK)
-            _, dose = _step(raw, repeats, t, SOFTPLUS)
+                g *= zt * sigmoid(zt)
+            raw = raw_step(dt + t * dt_token, taps, offset, e, live, r, RANK)
+            _, dose = sized_step(raw, repeats, t, SOFTPLUS)
             ut = tl.load(u + t * u_token + e, mask=live, other=0.0).to(tl.float32)
             bt = tl.load(b + t * b_token + n, mask=known, other=0.0).to(tl.float32)
             ct = tl.load(c + t * c_token + n, mask=known, other=0.0).to(tl.float32)
@@ -225,7 +225,7 @@ def scan_backward_kernel(
             if repeats is not None:
                 grad_step *= tl.load(repeats + t).to(tl.float32)
             if SOFTPLUS:
-                grad_step *= _sigmoid(raw)
+                grad_step *= sigmoid(raw)
             sum_d += g * ut
             sum_bias += grad_step
             here = plain + t * channels + e
@@ -237,7 +237,7 @@ def scan_backward_kernel(
     tl.store(grad_bias + own, sum_bias, mask=live)
 
 
-def _strided(x: Tensor | None) -> tuple[Any, int, int]:
+def strided(x: Tensor | None) -> tuple[Any, int, int]:
     """A tensor (B, L, ·) with contiguous rows, its batch stride and its token stride, as the kernels take them."""
     if x is None:
         return None, 0, 0
@@ -245,7 +245,7 @@ def _strided(x: Tensor | None) -> tuple[Any, int, int]:
     return x, x.stride(0), x.stride(1)
 
 
-def _tiles(states: int, rank: int) -> dict[str, int]:
+def tiles_of(states: int, rank: int) -> dict[str, int]:
     """Sizes of the tiles: a function of the shape alone."""
     tile = triton.next_power_of_2(states)
     block = 64 if tile <= 16 else 32
@@ -260,7 +260,7 @@ def _tiles(states: int, rank: int) -> dict[str, int]:
     }
 
 
-def _flat(items: Sequence[Tensor], s: int) -> Tensor | None:
+def flat(items: Sequence[Tensor], s: int) -> Tensor | None:
     return items[s].contiguous() if items else None
 
 
@@ -269,7 +269,7 @@ def scan_forward(u: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     dt, A, B, C, D, dt_bias, dt_weight, z, repeats, reverse, softplus, scale = rest
     directions, batch, length, channels = u.shape
     states, rank = A[0].shape[1], dt_weight[0].shape[1] if dt_weight else 0
-    tiles = _tiles(states, rank)
+    tiles = tiles_of(states, rank)
     blocks = triton.cdiv(channels, tiles["BLOCK"])
     new = partial(u.new_empty, dtype=torch.float32)
     y, mean = u.new_empty(batch, length, channels), new(directions, batch, blocks, length)
@@ -281,8 +281,8 @@ def scan_forward(u: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     with torch.cuda.device_of(u):
         for s in range(directions):
             scan_forward_kernel[(batch, blocks)](
-                *(field for x in (u[s], dt[s], B[s], C[s], z) for field in _strided(x)),
-                *(_flat(x, s) for x in (A, D, dt_bias, dt_weight)),
+                *(field for x in (u[s], dt[s], B[s], C[s], z) for field in strided(x)),
+                *(flat(x, s) for x in (A, D, dt_bias, dt_weight)),
                 *(repeats, total, y, mean[s], state[s], length, channels, scale),
                 **tiles,
                 **{"REVERSE": reverse[s], "SOFTPLUS": softplus, "FIRST": s == 0, "LAST": s + 1 == directions},
@@ -296,7 +296,7 @@ def scan_backward(grad_y: Tensor, u: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     dt, A, B, C, D, dt_bias, dt_weight, z, repeats, reverse, softplus, scale = rest
     directions, batch, length, channels = u.shape
     states, rank = A[0].shape[1], dt_weight[0].shape[1] if dt_weight else 0
-    tiles = _tiles(states, rank)
+    tiles = tiles_of(states, rank)
     blocks = triton.cdiv(channels, tiles["BLOCK"])
     new = partial(u.new_empty, dtype=torch.float32)
     grad_u, grad_dt = (torch.empty_like(u, memory_format=torch.contiguous_format) for _ in "ud")
@@ -315,8 +315,8 @@ def scan_backward(grad_y: Tensor, u: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     with torch.cuda.device_of(u):
         for s in range(directions):
             scan_backward_kernel[(batch, blocks)](
-                *(field for x in (u[s], dt[s], B[s], C[s], z, grad_y) for field in _strided(x)),
-                *(_flat(x, s) for x in (A, D, dt_bias, dt_weight)),
+                *(field for x in (u[s], dt[s], B[s], C[s], z, grad_y) for field in strided(x)),
+                *(flat(x, s) for x in (A, D, dt_bias, dt_weight)),
                 *(repeats, total, starts, before, grad_u[s], grad_dt[s], *parts, grad_z),
                 *(length, channels, scale, CHUNK),
                 **tiles,

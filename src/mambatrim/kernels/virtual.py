@@ -3,8 +3,8 @@ the positions.
 
 `mambatrim::virtual_scan` and `mambatrim::virtual_conv1d` give, for every row, the mean over its positions of what the
 ordinary operators give for the sequence of T positions in which each holds a copy of its row. That composition is the
-definition, and what runs where the compiled kernels do not and where gradients are wanted; the compiled kernels make
-everything that depends on the row alone only once.
+definition, and what runs where the kernels do not and where gradients are wanted; the kernels, compiled for a CPU and
+in Triton for a GPU, make everything that depends on the row alone only once a run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import conv_operator, cpu, scan_operator
+from . import conv_operator, cpu, gpu, scan_operator
 from .library import register
 
 
@@ -153,12 +153,12 @@ def _scan_fake(u: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
 register(
     "virtual_conv1d",
     f"({conv_operator.ARGUMENTS}, Tensor source, Tensor share) -> Tensor",
-    *(_conv_cpu, _conv_pytorch, _conv_fake),
+    *(_conv_cpu, gpu.form("triton_virtual", "conv_forward", _conv_pytorch), _conv_fake),
 )
 register(
     "virtual_scan",
     f"({scan_operator.ARGUMENTS}, Tensor source, Tensor share) -> (Tensor y, Tensor dt_mean, Tensor state)",
-    *(_scan_cpu, _scan_pytorch, _scan_fake),
+    *(_scan_cpu, gpu.form("triton_virtual", "scan_forward", _scan_pytorch), _scan_fake),
 )
 
 

@@ -38,7 +38,7 @@ from .released import hsa_released, hsa_released_schedule, rmeeto_released, rmee
 from .released_tor import evit_released, pumer_released, utr_released, utr_released_merge, utr_released_prune
 from .sequential import stm
 from .utr import utr, utr_merge, utr_prune
-from .virtual import early, running, vsm
+from .virtual import IN_ROUNDS, ONE_BY_ONE, Grouping, early, running, vsm
 
 __all__ = [
     "CENTRALITY",
@@ -46,11 +46,14 @@ __all__ = [
     "DELTA",
     "EVEN_ODD",
     "FEATURES",
+    "IN_ROUNDS",
     "METHODS",
     "NORM",
+    "ONE_BY_ONE",
     "OUTPUT",
     "PARITY",
     "WINDOWS",
+    "Grouping",
     "all_others",
     "as_grouped",
     "backward",

@@ -1,6 +1,7 @@
 """Virtual-sequence merging: groups of like tokens, and a convolution and a scan that go on as if all were there."""
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,6 +14,24 @@ from ..reduction import FEATURES, RUNNING, STEPPED, Assignment, Method, Sequence
 def running(method: Method, sequence: SequencePolicy = RUNNING) -> Method:
     """The same method with the clock running: any grouping, and another sequence policy."""
     return replace(method, name=f"{method.name}, {sequence.name}", sequence=sequence)
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """How like tokens are put into groups.
+
+    join: as `kernels.agglomerate`.
+    macs: multiply-adds for one image, of the numbers of rows, of rows that go, and of features.
+    """
+
+    join: Callable[[Tensor, Tensor, Tensor, int, float], tuple[Tensor, Tensor]]
+    macs: Callable[[int, int, int], int]
+
+
+# the cheapest pair of all, then the cheapest of what that leaves, and so on: r steps, in a compiled kernel on a CPU
+ONE_BY_ONE = Grouping(kernels.agglomerate, kernels.cluster_macs)
+# about log2(r) rounds of many pairs each, for a GPU, and nearly the same groups
+IN_ROUNDS = Grouping(kernels.agglomerate_rounds, kernels.rounds_macs)
 
 
 def early(depth: int) -> tuple[int, ...]:
@@ -30,6 +49,7 @@ def vsm(
     rows: float = 0.02,
     exponent: float = 1.0,
     sequence: SequencePolicy = STEPPED,
+    grouping: Grouping = ONE_BY_ONE,
 ) -> Method:
     """Virtual-sequence merging: agglomerative groups, with the clock of the recurrence running.
 
@@ -39,15 +59,17 @@ def vsm(
         rows: added for every row and column of the grid (and frame of a video) between them.
         exponent: of Ward's factor, which keeps groups of like size; 0 leaves it out.
         sequence: what the convolution and the scan make of the groups.
+        grouping: ONE_BY_ONE, exact and a loop of r steps on a GPU; or IN_ROUNDS, about log2(r) steps, which differs
+            where joining two tokens makes a third one more like them than a pair that joined at the same time.
     """
     found = lookup("feature of vsm", feature, FEATURES)
 
     def plan(signals: Signals, r: int) -> Assignment:
         place = _coordinates(signals, distance, rows)
-        return Assignment(*kernels.agglomerate(found.read(signals), signals.size, place, r, exponent))
+        return Assignment(*grouping.join(found.read(signals), signals.size, place, r, exponent))
 
     def cost(patches: int, r: int, d_model: int, d_inner: int) -> int:
-        return kernels.cluster_macs(patches, r, found.width(d_model, d_inner)) + r * d_model
+        return grouping.macs(patches, r, found.width(d_model, d_inner)) + r * d_model
 
     return Method("vsm", found.needs, plan, cost=cost, sequence=sequence, stages=early, source="mambatrim")
 
