@@ -16,6 +16,7 @@ from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
+import beyond_ideas as ideas
 import torch
 from study import STAGES, Row, Study, accuracy, ahead, divergence, heading, held_out, pivot, speed, write_page
 from torch import Tensor, nn
@@ -154,6 +155,18 @@ def options_part(study: Study) -> str:
     return _tables(found, "held-out images", {"Accuracy in percent:": accuracy, "Divergence:": divergence})
 
 
+def ideas_part(study: Study) -> str:
+    quick = replace(study, targets=(0.4, 0.6))
+    parts = {
+        "Accuracy in percent:": accuracy,
+        "Points ahead of the first row on the same images, with 95 % intervals:": ahead,
+        "Divergence:": divergence,
+    }
+    groupings = quick.part("ideas", ideas.groupings(), study.held(), "vsm")
+    scores = quick.part("scores", ideas.scores(), study.held(), "mtr")
+    return "\n\n".join(_tables(found, "held-out images", parts) for found in (groupings, scores))
+
+
 def mtr_part(study: Study) -> str:
     found = replace(study, targets=(0.4,)).part("mtr", mtr_variants(), study.held(), "mtr @ default")
     return _tables(found, "held-out images", {"Accuracy in percent:": accuracy})
@@ -211,7 +224,13 @@ def _tables(found: Comparison, what: str, parts: Mapping[str, Callable[[Row], st
 @torch.inference_mode()
 def delta_part(study: Study) -> str:
     """Rank correlation of each token's score with the harm of leaving it out, per stage."""
-    scores = {"delta": delta(), "residual norm": NORM, "mixer's output": OUTPUT}
+    scores = {
+        "delta": delta(),
+        "residual norm": NORM,
+        "mixer's output": OUTPUT,
+        "reach": ideas.reach(1),
+        "like the class token": methods.CLASS_TOKEN,
+    }
     texts = []
     for name, model in study.models.items():
         if not isinstance(model, FlatMamba) or not study.run:
@@ -295,6 +314,7 @@ PARTS: dict[str, Callable[[Study], str]] = {
     "test": test_part,
     "broken": broken_part,
     "options": options_part,
+    "ideas": ideas_part,
     "delta": delta_part,
     "oracle": oracle_part,
 }
