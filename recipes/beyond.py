@@ -155,18 +155,6 @@ def options_part(study: Study) -> str:
     return _tables(found, "held-out images", {"Accuracy in percent:": accuracy, "Divergence:": divergence})
 
 
-def ideas_part(study: Study) -> str:
-    quick = replace(study, targets=(0.4, 0.6))
-    parts = {
-        "Accuracy in percent:": accuracy,
-        "Points ahead of the first row on the same images, with 95 % intervals:": ahead,
-        "Divergence:": divergence,
-    }
-    groupings = quick.part("ideas", ideas.groupings(), study.held(), "vsm")
-    scores = quick.part("scores", ideas.scores(), study.held(), "mtr")
-    return "\n\n".join(_tables(found, "held-out images", parts) for found in (groupings, scores))
-
-
 def mtr_part(study: Study) -> str:
     found = replace(study, targets=(0.4,)).part("mtr", mtr_variants(), study.held(), "mtr @ default")
     return _tables(found, "held-out images", {"Accuracy in percent:": accuracy})
@@ -178,6 +166,18 @@ def best_mtr(study: Study, model: str) -> str:
     found = quiet.part("mtr", mtr_variants(), study.held(), "mtr @ default")
     rows = [row for row in found.rows if row.model == model and row.name != "dense" and not row.note]
     return max(rows, key=lambda row: row.accuracy).name if rows else "mtr @ default"
+
+
+def ideas_part(study: Study) -> str:
+    quick = replace(study, targets=(0.4, 0.6))
+    parts = {
+        "Accuracy in percent:": accuracy,
+        "Points ahead of the first row on the same images, with 95 % intervals:": ahead,
+        "Divergence:": divergence,
+    }
+    groupings = quick.part("ideas", ideas.groupings(), study.held(), "vsm")
+    scores = quick.part("scores", ideas.scores(), study.held(), "mtr")
+    return "\n\n".join(_tables(found, "held-out images", parts) for found in (groupings, scores))
 
 
 def test_part(study: Study) -> str:
@@ -314,9 +314,9 @@ PARTS: dict[str, Callable[[Study], str]] = {
     "test": test_part,
     "broken": broken_part,
     "options": options_part,
-    "ideas": ideas_part,
     "delta": delta_part,
     "oracle": oracle_part,
+    "ideas": ideas_part,
 }
 
 
