@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mambatrim import kernels, methods
 from mambatrim.compare import Entry, in_stages
 from mambatrim.methods import early, vsm
-from mambatrim.reduction import STEM, Method, Score, Signals, inverse
+from mambatrim.reduction import STEM, Assignment, Method, Score, Signals, inverse
 
 Entrants = Mapping[str, Method | Entry | nn.Module]
 
@@ -40,6 +40,7 @@ def scores() -> Entrants:
         "mtr, reach": methods.mtr(score=reach(1)),
         "mtr, reach, all states": methods.mtr(score=reach(16)),
         "mtr, inverse reach": methods.mtr(score=inverse(reach(1))),
+        "mtr, near the class token": methods.mtr(score=NEAR),
         "mtr, like the class token": methods.mtr(score=methods.CLASS_TOKEN),
     }
 
@@ -70,11 +71,21 @@ def reach(states: int) -> Score:
     return Score(name, ("dt_mean", "special_at"), pool, lambda d_model, d_inner: 2 * d_inner + 2 * states)
 
 
+def _near(signals: Signals) -> Tensor:
+    """(B, M): minus the patches between each token and the class token; of several the mean."""
+    place = torch.arange(signals.size.shape[1], device=signals.size.device) + 0.5
+    return -(place - signals.special_at.unsqueeze(2)).abs().mean(1)
+
+
+# the control of `reach`: the place alone, without Delta
+NEAR = Score("near the class token", ("special_at",), _near, lambda d_model, d_inner: 2)
+
+
 def weighted(score: Score) -> Method:
     """vsm in whose grouping a token counts by its score beside its size, so that what is read well merges late."""
     own = vsm()
 
-    def plan(signals: Signals, r: int):
+    def plan(signals: Signals, r: int) -> Assignment:
         found = score.pool(signals)  # (B, M)
         return own.plan(replace(signals, size=signals.size * found / found.mean(1, keepdim=True)), r)
 
@@ -91,7 +102,7 @@ def state_aware() -> Method:
     """
     own = vsm()
 
-    def plan(signals: Signals, r: int):
+    def plan(signals: Signals, r: int) -> Assignment:
         factor = (signals.dt_mean.unsqueeze(3) * signals.B).transpose(1, 2).flatten(2)  # (B, M, S N)
         added = (factor.unsqueeze(3) * signals.hidden.unsqueeze(2)).flatten(2)  # (B, M, S N D)
         return own.plan(replace(signals, values={**signals.values, "hidden": added}), r)
