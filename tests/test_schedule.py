@@ -32,9 +32,9 @@ def test_a_share_per_stage_and_constant_counts():
     assert Schedule.none(3).removed == (0, 0, 0)
 
 
-@given(st.lists(st.integers(0, 50), max_size=12))
-def test_json_round_trip(removed):
-    schedule = Schedule(tuple(removed))
+@given(st.lists(st.integers(0, 50), max_size=12), st.integers(0, 9))
+def test_json_round_trip(removed, stem):
+    schedule = Schedule(tuple(removed), stem)
     assert Schedule.from_json(schedule.to_json()) == schedule
 
 
