@@ -16,6 +16,7 @@ from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
+import beyond_ideas as ideas
 import torch
 from study import STAGES, Row, Study, accuracy, ahead, divergence, heading, held_out, pivot, speed, write_page
 from torch import Tensor, nn
@@ -210,6 +211,18 @@ def best_mtr(study: Study, model: str) -> str:
     return max(rows, key=lambda row: row.accuracy).name if rows else "mtr @ default"
 
 
+def ideas_part(study: Study) -> str:
+    quick = replace(study, targets=(0.4, 0.6))
+    parts = {
+        "Accuracy in percent:": accuracy,
+        "Points ahead of the first row on the same images, with 95 % intervals:": ahead,
+        "Divergence:": divergence,
+    }
+    groupings = quick.part("ideas", ideas.groupings(), study.held(), "vsm")
+    scores = quick.part("scores", ideas.scores(), study.held(), "mtr")
+    return "\n\n".join(_tables(found, "held-out images", parts) for found in (groupings, scores))
+
+
 def test_part(study: Study) -> str:
     texts = []
     for model in study.models:
@@ -254,7 +267,13 @@ def _tables(found: Comparison, what: str, parts: Mapping[str, Callable[[Row], st
 @torch.inference_mode()
 def delta_part(study: Study) -> str:
     """Rank correlation of each token's score with the harm of leaving it out, per stage."""
-    scores = {"delta": delta(), "residual norm": NORM, "mixer's output": OUTPUT}
+    scores = {
+        "delta": delta(),
+        "residual norm": NORM,
+        "mixer's output": OUTPUT,
+        "reach": ideas.reach(1),
+        "like the class token": methods.CLASS_TOKEN,
+    }
     texts = []
     for name, model in study.models.items():
         if not isinstance(model, FlatMamba) or not study.run:
@@ -341,6 +360,7 @@ PARTS: dict[str, Callable[[Study], str]] = {
     "rounds": rounds_part,
     "delta": delta_part,
     "oracle": oracle_part,
+    "ideas": ideas_part,
 }
 
 

@@ -96,7 +96,9 @@ def changed(folder: Path, **entries: object) -> None:
         ({"reducer": {"removed": [1, 2]}}, "schedule must be a Schedule for the 4 blocks"),
         ({"reducer": {"removed": [1, -2, 0, 0]}}, "whole numbers from 0 up, got -2"),
         ({"reducer": {"removed": [16, 0, 0, 0]}}, "16 of 16 patches"),
-        ({"reducer": "mtr"}, "it has method and removed, or is null"),
+        ({"reducer": "mtr"}, "it has method, removed and perhaps stem, or is null"),
+        ({"reducer": {"stem": "3"}}, "stem must be of type int, not '3'"),
+        ({"reducer": {"stem": -3}}, "whole numbers from 0 up, got -3"),
         ({"extra": 1}, "has an unknown entry 'extra'"),
     ],
 )

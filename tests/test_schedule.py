@@ -32,9 +32,9 @@ def test_a_share_per_stage_and_constant_counts():
     assert Schedule.none(3).removed == (0, 0, 0)
 
 
-@given(st.lists(st.integers(0, 50), max_size=12))
-def test_json_round_trip(removed):
-    schedule = Schedule(tuple(removed))
+@given(st.lists(st.integers(0, 50), max_size=12), st.integers(0, 9))
+def test_json_round_trip(removed, stem):
+    schedule = Schedule(tuple(removed), stem)
     assert Schedule.from_json(schedule.to_json()) == schedule
 
 
@@ -55,7 +55,7 @@ def test_lengths_go_down_by_what_is_removed_and_never_below_one(removed, patches
         (lambda: Schedule((1, -2)), "whole numbers from 0 up, got -2"),
         (lambda: Schedule((1, 2.0)), "got 2.0"),
         (lambda: Schedule((True,)), "got True"),
-        (lambda: Schedule.stages(4, 9, after=(4,)), r"blocks from 0 to 3, got \(4,\)"),
+        (lambda: Schedule.stages(4, 9, after=(4,)), r"blocks from 0 to 3, or -1 for before block 0, got \(4,\)"),
         (lambda: Schedule.constant(4, 1, after=(1, 1)), "different blocks"),
         (lambda: Schedule.stages(4, 9, after=(0,), keep=1.5), "up to 1, got 1.5"),
         (lambda: Schedule.stages(4, 9, after=(0, 1), keep=(0.5,)), "got 1 for 2 stages"),

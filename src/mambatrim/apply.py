@@ -6,7 +6,7 @@ from typing import TypeVar, cast
 from torch import nn
 
 from . import methods
-from .flops import ImageSize, Pyramid, Trunk, sections, solve
+from .flops import ImageSize, Pyramid, Trunk, refuse_stem, sections, solve
 from .reduction import AS_IT_STANDS, SIGNALS, Method, Reducer, Schedule, Section
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -59,6 +59,14 @@ def reduce(
     depth = sum(part.depth for part in parts)
     if not isinstance(schedule, Schedule) or schedule.depth != depth:
         raise ValueError(f"schedule must be a Schedule for the {depth} blocks of the model, got {schedule!r}")
+    if schedule.stem:
+        refuse_stem(model)
+        lacking = [name for name in chosen.needs if name in SIGNALS and name != "hidden"]
+        if lacking:
+            raise ValueError(
+                f"patches cannot go before block 0 with method {chosen.name!r}: it needs {lacking[0]!r} of a block, "
+                "and none has run"
+            )
     reducer = _reducer(chosen, schedule, parts, trunk.special_tokens(image_size))
     return with_reducer(model, reducer.train(model.training))
 

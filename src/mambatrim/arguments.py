@@ -125,7 +125,11 @@ def _add_compare(commands: Any) -> None:
         help="shares of the FLOPs to save (0.2 0.3 0.4 0.5)",
     )
     compare.add_argument(
-        "--stages", nargs="+", type=int, metavar="BLOCK", help="patches go after these blocks, from 0 (three blocks)"
+        "--stages",
+        nargs="+",
+        type=int,
+        metavar="BLOCK",
+        help="patches go after these blocks, from 0; -1: before block 0 (three blocks)",
     )
     compare.add_argument("--reference", default="mtr", metavar="NAME", help="what others are compared with (mtr)")
     compare.add_argument(

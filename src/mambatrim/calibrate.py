@@ -310,9 +310,12 @@ class _Bench:
     def solved(self, stages: Sequence[int] | None) -> Removed | None:
         """What `solve` gives, and measured; it may miss the share by half a point."""
         try:
-            removed = solve(cast(Trunk, self.dense), self.share, stages, method=self.method).removed
+            schedule = solve(cast(Trunk, self.dense), self.share, stages, method=self.method)
         except ValueError:
             return None
+        if schedule.stem:  # not among the places that are tried
+            return None
+        removed = schedule.removed
         if stages is None:
             self.kl(removed)
         return removed

@@ -12,6 +12,7 @@ from PIL import Image
 from .bootstrap import Interval
 from .cells import plain_word
 from .frontier import Curve, Panel, Point, draw_frontier
+from .reduction import Schedule
 from .report import csv_table, markdown_table, percent, report, to_json
 
 DENSE, BESIDE = "dense", "another dense model"
@@ -44,7 +45,7 @@ class Row:
 
     model, name: what the caller calls the model and the method. method: the name that the method has itself.
     target: share of the FLOPs that was to be saved. note: why there are no figures, or nothing.
-    removed, tokens: patches that go after each block, and tokens that enter each.
+    removed, stem, tokens: patches that go after each block and before block 0, and tokens that enter each.
     flops, saved: multiply-adds of an image, and the share saved, by convention (`reduction.CONVENTIONS`).
     images: how many were seen.
     accuracy: share of images whose label came first; agreement with the dense model where there are no labels.
@@ -61,6 +62,7 @@ class Row:
     target: float
     note: str = ""
     removed: tuple[int, ...] = ()
+    stem: int = 0
     tokens: tuple[int, ...] = ()
     flops: Mapping[str, int] | None = None
     saved: Mapping[str, float] | None = None
@@ -152,7 +154,7 @@ class Comparison:
             "name": row.name,
             "model": row.model,
             "method": row.method,
-            "schedule": {"removed": list(row.removed)},
+            "schedule": Schedule(row.removed, row.stem).as_dict(),
             "tokens": list(row.tokens),
             "flops": dict(row.flops or {}),
             "figures": figures,

@@ -7,7 +7,7 @@ from functools import cache
 from typing import Protocol, cast
 
 from . import methods
-from .reduction import Cost, Method, Reducer, Schedule, Section, default_stages
+from .reduction import STEM, Cost, Method, Reducer, Schedule, Section, default_stages
 from .reduction.schedule import checked_blocks
 
 # how far from the wanted saving `solve` may land: half a point
@@ -126,8 +126,8 @@ def solve(
 
     Args:
         target: share to save, from 0 up to below 0.9.
-        stages: 0-based blocks after which patches go, the same share of them at each; by default those of the method,
-            three unless it says otherwise; and three in each stage of a pyramid that has as many blocks.
+        stages: blocks after which patches go, 0-based, or STEM, the same share of them at each; by default those of the
+            method, three unless it says otherwise; and three in each stage of a pyramid that has as many blocks.
         image_size: as in `count_flops`.
         method: whose own cost is counted; MTR by default.
         convention: as in `count_flops`.
@@ -149,6 +149,8 @@ def solve(
     if len(parts) > 1:
         usual = tuple(start + block for start, part in _starts(parts) for block in part.after)
     after = checked_blocks(usual if stages is None else stages, depth)
+    if STEM in after:
+        refuse_stem(model)
     if not after:
         raise ValueError("no stage of this model has three blocks, so say after which blocks tokens go: stages=...")
 
@@ -157,11 +159,13 @@ def solve(
         return 1 - _count(model, parts, schedule, method, image_size, convention).ratio
 
     def build(keep: float) -> Schedule:
-        removed = [0] * depth
+        counts: dict[int, int] = {}
         for start, part in _starts(parts):
-            own = [block - start for block in after if start <= block < start + part.depth]
-            removed[start : start + part.depth] = Schedule.stages(part.depth, part.patches, own, keep).removed
-        return Schedule(tuple(removed))
+            first = start or STEM
+            own = [block - start for block in after if first <= block < start + part.depth]
+            schedule = Schedule.stages(part.depth, part.patches, own, keep)
+            counts |= {start + block: schedule.at(block) for block in own}
+        return Schedule.from_counts(depth, counts)
 
     less, more = _bracket(build, saving, target)
     near = [nearby for base in (less, more) for nearby in _neighbours(base, after, parts)]
@@ -172,6 +176,15 @@ def solve(
             f"the nearest saves {saving(best):.1%}"
         )
     return best
+
+
+def refuse_stem(model: object) -> None:
+    """ValueError unless patches can go before block 0 of the model."""
+    if not getattr(model, "reduces_stem", False):
+        raise ValueError(
+            f"patches cannot go before block 0 of {type(model).__name__}: only Vim, VideoMamba and Mamba-Reg can lose "
+            "some there"
+        )
 
 
 def _bracket(
@@ -189,13 +202,15 @@ def _neighbours(base: Schedule, after: tuple[int, ...], parts: Sequence[Section]
     """Schedules that remove a few patches more or less at the last two stages; a late stage is the finest step."""
     found = []
     for late, early in itertools.product(range(-8, 9), range(-2, 3) if len(after) > 1 else (0,)):
-        removed = list(base.removed)
-        removed[after[-1]] += late
+        counts = {block: base.at(block) for block in after}
+        counts[after[-1]] += late
         if early:
-            removed[after[-2]] += early
-        left = [part.patches - sum(removed[start : start + part.depth]) for start, part in _starts(parts)]
-        if min(removed) >= 0 and min(left) > 0:
-            found.append(Schedule(tuple(removed)))
+            counts[after[-2]] += early
+        if min(counts.values()) < 0:
+            continue
+        schedule = Schedule.from_counts(base.depth, counts)
+        if all(part.patches > schedule.only(start, part.depth).total for start, part in _starts(parts)):
+            found.append(schedule)
     return found
 
 
@@ -218,9 +233,10 @@ def _count(
     per_block: list[int] = []
     reduction = dense = 0
     for start, part in _starts(parts):
-        patches = schedule.only(start, part.depth).lengths(part.patches)[start : start + part.depth]
-        removed = schedule.removed[start : start + part.depth]
-        own = [method.cost(p, r, part.d_model, part.d_inner) for p, r in zip(patches, removed, strict=True) if r]
+        here = schedule.only(start, part.depth)
+        patches = here.lengths(part.patches)[start : start + part.depth]
+        before = dict(enumerate(patches, start=start)) | {STEM: part.patches}
+        own = [method.cost(before[block], here.at(block), part.d_model, part.d_inner) for block in here.places]
         reduction += part.windows * sum(own)
         lengths += [p + part.special for p in patches]
         stem = part.patches + part.special

@@ -128,7 +128,7 @@ def from_pretrained(source: str | os.PathLike[str], revision: str | None = None)
 def _reducer(model: nn.Module) -> dict[str, Any] | None:
     """Method and schedule of the model's reducer, from which `reduce` makes it again; None where nothing is removed."""
     own = getattr(model, "reducer", None)
-    if not isinstance(own, Reducer) or not any(own.schedule.removed):
+    if not isinstance(own, Reducer) or not own.schedule.places:
         return None
     name = own.method.name
     if not is_usual(own.method):
@@ -142,15 +142,16 @@ def _reducer(model: nn.Module) -> dict[str, Any] | None:
             f"the reducer was made for {own.tokens} tokens, which are not those of the model's own image size: resize "
             "the model before it is reduced, or save the dense one"
         )
-    return {"method": name, "removed": list(own.schedule.removed)}
+    return {"method": name, **own.schedule.as_dict()}
 
 
 def _reduced(model: Model, described: object) -> Model:
     if described is None:
         return model
-    if not isinstance(described, Mapping) or set(described) != {"method", "removed"}:
-        raise ValueError(f"it has method and removed, or is null, not {described!r}")
-    schedule = Schedule(_value(described["removed"], tuple[int, ...], "removed"))
+    if not isinstance(described, Mapping) or set(described) - {"stem"} != {"method", "removed"}:
+        raise ValueError(f"it has method, removed and perhaps stem, or is null, not {described!r}")
+    removed = _value(described["removed"], tuple[int, ...], "removed")
+    schedule = Schedule(removed, _value(described.get("stem", 0), int, "stem"))
     return reduce(model, schedule=schedule, method=methods.get(described["method"]))
 
 

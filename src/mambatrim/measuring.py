@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from functools import partial
 from typing import Any, cast
@@ -22,7 +22,7 @@ from .evaluate import Data, spec_of
 from .flops import Trunk, count_flops
 from .models.spec import Preprocess
 from .prepared import Prepared, batch_ranges, open_data, prepare, unnormalised
-from .reduction import CONVENTIONS
+from .reduction import CONVENTIONS, Schedule
 from .report import machine
 from .timing import time_functions
 
@@ -64,15 +64,15 @@ class Bench:
 
     def dense(self, model: nn.Module) -> Cell | None:
         """The cell of a model as it is, with its logits."""
-        if getattr(model, "reducer", None) is not None and any(cast(Any, model).reducer.schedule.removed):
+        if getattr(model, "reducer", None) is not None and cast(Any, model).reducer.schedule.places:
             raise ValueError(f"compare takes dense models and reduces them itself, but this one is {model.reducer}")
-        return self._cell(model, model, self._config(model, {"name": DENSE}, 0.0, ()), None, {})
+        return self._cell(model, model, self._config(model, {"name": DENSE}, 0.0, Schedule(())), None, {})
 
     def entrant(self, row: Row, model: nn.Module, entrant: Entrant, dense: Cell) -> tuple[Row, Cell | None]:
         """Row and cell of one method at one target; the row says why where it cannot be."""
         beside = self._digest(model)
         if isinstance(entrant, nn.Module):
-            config = self._config(entrant, {"name": BESIDE, "beside": beside}, 0.0, ())
+            config = self._config(entrant, {"name": BESIDE, "beside": beside}, 0.0, Schedule(()))
             row = replace(row, method=BESIDE, **counts(entrant, model))
             return row, self._cell(entrant, model, config, dense, {"label": row.name})
         entry = entrant if isinstance(entrant, Entry) else Entry(entrant)
@@ -84,7 +84,7 @@ class Bench:
         except ValueError as error:
             return replace(row, note=" ".join(str(error).split())), None
         described = {**describe(entry.method), "name": entry.method.name}
-        config = self._config(model, described, row.target, schedule.removed)
+        config = self._config(model, described, row.target, schedule)
         row = replace(row, **counts(fast, model))
         return row, self._cell(fast, model, config, dense, {"label": row.name})
 
@@ -99,9 +99,7 @@ class Bench:
             self._kept[id(model)] = model  # so that no other object gets its id
         return self._digests[id(model)]
 
-    def _config(
-        self, model: nn.Module, method: Mapping[str, Any], target: float, removed: Sequence[int]
-    ) -> dict[str, Any]:
+    def _config(self, model: nn.Module, method: Mapping[str, Any], target: float, schedule: Schedule) -> dict[str, Any]:
         spec, images = spec_of(model), self.images(model)
         dtypes = sorted({str(value.dtype) for value in model.state_dict().values()})
         return {
@@ -117,7 +115,7 @@ class Bench:
             "data": {"images": len(images), "digest": images.digest},
             "method": dict(method),
             "target": target,
-            "removed": list(removed),
+            **schedule.as_dict(),
         }
 
     def _cell(
@@ -172,9 +170,10 @@ def counts(model: nn.Module, dense: nn.Module) -> dict[str, Any]:
     """FLOPs of a row, by convention, and what they save of another model's."""
     reports = {convention: count_flops(cast(Trunk, model), convention=convention) for convention in CONVENTIONS}
     whole = {convention: count_flops(cast(Trunk, dense), convention=convention).total for convention in CONVENTIONS}
-    lengths = reports["both"].lengths
+    lengths, schedule = reports["both"].lengths, cast(Trunk, model).reducer.schedule
     return {
-        "removed": cast(Trunk, model).reducer.schedule.removed or (0,) * len(lengths),
+        "removed": schedule.removed or (0,) * len(lengths),
+        "stem": schedule.stem,
         "tokens": lengths,
         "flops": {convention: found.total for convention, found in reports.items()},
         "saved": {convention: 1 - found.total / whole[convention] for convention, found in reports.items()},

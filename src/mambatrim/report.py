@@ -17,7 +17,7 @@ from . import __version__
 from .evaluate import spec_of
 from .flops import ImageSize, Trunk, count_flops
 from .kernels import cpu
-from .reduction import CONVENTIONS, Reducer
+from .reduction import CONVENTIONS, Reducer, Schedule
 
 SCHEMA = "mambatrim-report-1"
 
@@ -46,12 +46,14 @@ def result(name: str, model: nn.Module, figures: Mapping[str, Any], image_size: 
     """One model of a report: which it is, what its reducer does, and the figures that were found."""
     counts = {convention: count_flops(cast(Trunk, model), image_size, convention) for convention in CONVENTIONS}
     reducer: Reducer | None = getattr(model, "reducer", None)  # models on a grid have none
-    removed = [] if reducer is None else list(reducer.schedule.removed) or [0] * len(counts["both"].lengths)
+    schedule = Schedule(()) if reducer is None else reducer.schedule
+    if reducer is not None and not schedule.depth:
+        schedule = Schedule.none(len(counts["both"].lengths))
     return {
         "name": name,
         "model": spec_of(model).name,
         "method": "dense" if reducer is None else reducer.method.name,
-        "schedule": {"removed": removed},
+        "schedule": schedule.as_dict(),
         "tokens": list(counts["both"].lengths),
         "flops": {convention: counts[convention].total for convention in counts},
         "figures": dict(figures),

@@ -24,6 +24,7 @@ from .evaluate import spec_of
 from .flops import Trunk, count_flops
 from .models.spec import Preprocess
 from .reduction import Layout, Reducer, Tokens
+from .reduction.schedule import named
 
 Picture = str | os.PathLike[str] | Image.Image
 Colour = tuple[int, int, int]
@@ -64,8 +65,8 @@ def visualize(
     if not given or len(names) != len(given):
         raise ValueError(f"visualize needs at least one image, and one title per image if any: got {len(given)} images")
     spec, reducer = spec_of(model), cast(Trunk, model).reducer
-    blocks = [block for block, removed in enumerate(reducer.schedule.removed) if removed]
-    if not blocks:
+    places = reducer.schedule.places
+    if not places:
         raise ValueError("this model keeps all of its tokens, so there is nothing to draw; reduce it first")
     loaded = [image if isinstance(image, Image.Image) else read_image(image) for image in given]
     inputs = torch.stack([preprocess(image, spec.preprocess) for image in loaded])  # (B, 3, H, W)
@@ -85,9 +86,9 @@ def visualize(
         caption = _caption(names[row], full[row], logits[row], spec.classes)
         rows.append((caption, _draw_row(picture, stages[0].grid, groups)))
     report = count_flops(cast(Trunk, model), (inputs.shape[2], inputs.shape[3]))
-    patches, special = report.lengths[0] - len(reducer.special), len(reducer.special)
-    columns = [(f"{report.lengths[0]} tokens", f"input: {patches} patches + {special} special")]
-    columns += [(f"{stages[i].origin.survivors} tokens", f"after block {blocks[i]}") for i in drawn]
+    tokens, special = stages[0].origin.length, len(reducer.special)
+    columns = [(f"{tokens} tokens", f"input: {tokens - special} patches + {special} special")]
+    columns += [(f"{stages[i].origin.survivors} tokens", named(places[i])) for i in drawn]
     heading = f"{spec.name}, {reducer.method.name}: {100 * (1 - report.ratio):.1f} % fewer FLOPs"
     last = stages[-1].origin
     pruned = bool((last.dest == last.survivors).any())

@@ -106,6 +106,8 @@ def _refuse_blocks(model: nn.Module, blocks: Sequence[nn.Module], schedule: Sche
         raise ValueError(f"{name} uses a block twice, so that blocks do not say where in the model they are")
     if not isinstance(schedule, Schedule) or schedule.depth != len(blocks):
         raise ValueError(f"schedule must be a Schedule for the {len(blocks)} blocks of {name}, got {schedule!r}")
+    if schedule.stem:
+        raise ValueError(f"patches cannot go before block 0 of {name}, only after a block")
 
 
 # ----------------------------------------------------------------------------------------------------- during a forward

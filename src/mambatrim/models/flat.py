@@ -15,7 +15,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from ..reduction import Cost, Reducer, Tokens
+from ..reduction import STEM, Cost, Reducer, Tokens
 from .layers import BiMambaMixer, Block, PatchEmbed, RMSNorm, join_rows, resize_positions, split_rows
 from .spec import ModelSpec
 
@@ -78,6 +78,8 @@ class FlatMamba(nn.Module):
     scale: ClassVar[float] = 0.5
     # whether the blocks can keep the clock of the recurrence running (`reduction.SequencePolicy`)
     takes_layout: ClassVar[bool] = True
+    # whether patches can go before block 0
+    reduces_stem: ClassVar[bool] = True
 
     def __init__(self, config: FlatConfig, spec: ModelSpec | None = None) -> None:
         super().__init__()
@@ -225,7 +227,9 @@ class FlatMamba(nn.Module):
 
     def _run(self, images: Tensor, layers: Collection[int]) -> tuple[Tokens, list[Tokens]]:
         """The tokens after the last block, and as they leave the blocks `layers`, before these are reduced."""
-        tokens, seen, layout = self.embed(images), [], None
+        stem, seen = self.embed(images), []
+        tokens = self.reducer(STEM, stem, {"hidden": stem.x})
+        layout = self.reducer.layout(tokens)
         for i, layer in enumerate(self.blocks()):
             x, captured = layer(tokens.x, self.reducer.needs(i), layout)
             left = tokens.with_x(x)

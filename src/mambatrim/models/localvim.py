@@ -204,6 +204,7 @@ class LocalVim(FlatMamba):
     config: LocalVimConfig
 
     takes_layout = False
+    reduces_stem = False
 
     def __init__(self, config: LocalVimConfig, spec: ModelSpec | None = None) -> None:
         nn.Module.__init__(self)  # nothing of the trunk's own parts

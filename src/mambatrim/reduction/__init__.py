@@ -5,7 +5,7 @@ from .choices import as_grouped, by_size, centre, exact, merged, plain, proporti
 from .cost import CONVENTIONS, Cost, Section
 from .matching import Links
 from .reducer import Method, Reducer
-from .schedule import Schedule, default_stages
+from .schedule import STEM, Schedule, default_stages
 from .scores import (
     CENTRALITY,
     CLASS_TOKEN,
@@ -50,6 +50,7 @@ __all__ = [
     "RUNNING",
     "SIGNALS",
     "SPREAD",
+    "STEM",
     "STEPPED",
     "STRETCHED",
     "Assignment",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..kernels import cpu, merging
 from .assignment import Assignment, or_gone, take_rows
 from .choices import by_size, exact
-from .schedule import Schedule, default_stages
+from .schedule import STEM, Schedule, default_stages, named
 from .sequence import AS_IT_STANDS, Layout, SequencePolicy
 from .tokens import SIGNALS, SPECIAL_SIGNALS, Signals, Tokens
 
@@ -45,7 +45,7 @@ class Method:
         not one, such as combining the stream and its last update differently. Other data, such as sizes, follow the
         plan.
     sequence: what convolution and scan make of the reduced sequence; as it stands, by default.
-    stages: depth -> 0-based blocks after which patches go where nobody says otherwise.
+    stages: depth -> blocks after which patches go where nobody says otherwise, 0-based, or STEM.
     source: paper, or where else it comes from.
     """
 
@@ -117,7 +117,7 @@ class Reducer(nn.Module):
         """
         special = len(self.special)
         lengths = self.schedule.lengths(tokens - special)
-        for block, patches in enumerate(lengths):
+        for block, patches in enumerate((tokens - special, *lengths), start=STEM):
             self._check(block, patches)
         return tuple(patches + special for patches in lengths)
 
@@ -125,7 +125,7 @@ class Reducer(nn.Module):
         removed, most = self.schedule.at(block), self.method.most(patches)
         if removed > most:
             raise ValueError(
-                f"{removed} of {patches} patches cannot go after block {block}; at most {most} can "
+                f"{removed} of {patches} patches cannot go {named(block)}; at most {most} can "
                 f"with method {self.method.name!r}"
             )
 
@@ -133,7 +133,7 @@ class Reducer(nn.Module):
         """Tokens L -> L - r after `block`; the same object where r is 0.
 
         Args:
-            block: 0-based index of the block that just ran.
+            block: 0-based index of the block that just ran; STEM, where none has.
             tokens: what left it.
             captured: its signals over the full sequence, by name.
         """
@@ -199,15 +199,17 @@ class Reducer(nn.Module):
 
     def extra_repr(self) -> str:
         """Method, lengths and blocks: what `print(model)` shows."""
-        after = [block for block, count in enumerate(self.schedule.removed) if count]
-        if not after:
+        places = self.schedule.places
+        if not places:
             return self.method.name
-        counts = [self.schedule.removed[block] for block in after]
+        counts = [self.schedule.at(block) for block in places]
         steps = "removes " + ", ".join(map(str, counts))
         if self.tokens is not None:
             left = [self.tokens - sum(counts[:stage]) for stage in range(len(counts) + 1)]
             steps = " → ".join(map(str, left))
-        return f"{self.method.name}, {steps} after blocks {', '.join(map(str, after))}"
+        after = ", ".join(str(block) for block in places if block != STEM)
+        where = [*(["before block 0"] if STEM in places else []), *([f"after blocks {after}"] if after else [])]
+        return f"{self.method.name}, {steps} {' and '.join(where)}"
 
 
 def _without_autocast(x: Tensor) -> AbstractContextManager[None]:
