@@ -4,13 +4,14 @@ from .clustering import agglomerate, agglomerate_rounds, cluster_macs, rounds_ma
 from .convolution import causal_conv1d
 from .linear import linear
 from .norm import rms_norm
-from .projection import project
+from .projection import MOST_ROWS, project
 from .scan import Direction, Scan, scan, selective_scan
 from .scan_operator import scan_macs
 from .virtual import Virtual
 from .virtual import conv_macs as virtual_conv_macs
 
 __all__ = [
+    "MOST_ROWS",
     "Direction",
     "Scan",
     "Virtual",

@@ -39,7 +39,9 @@ def agglomerate(x: Tensor, weight: Tensor, coordinates: Tensor, r: int, exponent
     Raises:
         ValueError: a shape does not fit, or r is not from 0 to M - 1.
     """
-    return torch.ops.mambatrim.agglomerate(*_checked(x, weight, coordinates, r), r, exponent)
+    x, weight, coordinates = _checked(x, weight, coordinates, r)
+    run = _cpu if cpu.direct(x, weight, coordinates) else torch.ops.mambatrim.agglomerate
+    return run(x, weight, coordinates, r, exponent)
 
 
 def _checked(x: Tensor, weight: Tensor, coordinates: Tensor, r: int) -> list[Tensor]:

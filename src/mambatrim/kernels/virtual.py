@@ -42,7 +42,8 @@ def conv1d(
     """As `causal_conv1d`, over a virtual sequence: x (B, K, E) -> (S, B, K, E)."""
     if _differentiated(x, *weight, *bias):
         return _conv_pytorch(x, weight, bias, reverse, silu, *virtual)
-    return torch.ops.mambatrim.virtual_conv1d(x, weight, bias, reverse, silu, *virtual)
+    run = _conv_cpu if cpu.direct(x, *weight, *bias, *virtual) else torch.ops.mambatrim.virtual_conv1d
+    return run(x, weight, bias, reverse, silu, *virtual)
 
 
 def scan(virtual: Virtual, u: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -76,11 +76,11 @@ def vsm(
 
 def _coordinates(signals: Signals, distance: float, rows: float) -> Tensor:
     """(B, M, P): the place in the sequence and in each axis of the grid, each times what a step of it costs."""
-    ids = signals.ids.to(torch.float32)
-    columns = [ids * distance]
-    if rows:
-        rest = signals.ids
-        for side in reversed(signals.grid):
-            columns.append((rest % side).to(torch.float32) * rows)
-            rest = rest // side
-    return torch.stack(columns, dim=2)
+    if not rows:
+        return (signals.ids.to(torch.float32) * distance).unsqueeze(2)
+    places, rest = [signals.ids], signals.ids
+    for side in reversed(signals.grid[1:]):
+        places.append(rest % side)
+        rest = rest // side
+    prices = torch.tensor([distance] + len(signals.grid) * [rows], device=rest.device)
+    return torch.stack([*places, rest], dim=2).to(torch.float32) * prices
