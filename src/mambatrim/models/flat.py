@@ -227,8 +227,8 @@ class FlatMamba(nn.Module):
 
     def _run(self, images: Tensor, layers: Collection[int]) -> tuple[Tokens, list[Tokens]]:
         """The tokens after the last block, and as they leave the blocks `layers`, before these are reduced."""
-        stem, seen = self.embed(images), []
-        tokens = self.reducer(STEM, stem, {"hidden": stem.x})
+        tokens, seen = self.embed(images), []
+        tokens = self.reducer(STEM, tokens, {"hidden": tokens.x})
         layout = self.reducer.layout(tokens)
         for i, layer in enumerate(self.blocks()):
             x, captured = layer(tokens.x, self.reducer.needs(i), layout)
