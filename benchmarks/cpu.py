@@ -14,7 +14,8 @@ cluster    the grouping of vsm, one pair after the other and in rounds; no targe
 compile    the model under torch.compile(fullgraph=True) against the model as it is.
 
 Times are those of the fastest call: on a machine that others share too, seconds at a time are slower by up to half, for
-everything alike and for no reason of ours. A ratio that misses its target has a star. `mambatrim benchmark` measures any model of the zoo in the same way.
+everything alike and for no reason of ours. A ratio that misses its target has a star. `mambatrim benchmark` measures
+any model of the zoo in the same way, with medians.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import cpu
-from .library import MAX_DIRECTIONS
+from .library import MAX_DIRECTIONS, cast, wide
 from .linear import linear
 
 # beyond, the library is as fast (benchmarks/cpu.py, section `projection`)
@@ -18,15 +18,16 @@ _RECORD = struct.Struct(cpu.PROJECT).pack
 
 
 def project(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
-    """x (S, B, L, E) times S weights (O, E) transposed -> S times (B, L, O).
+    """x (S, B, L, E) times S weights (O, E) transposed -> S times (B, L, O), in fp32 (fp64), which the scan works in.
 
     For inference in fp32 on a CPU one compiled kernel makes all of them where the rows are few, and a matrix library
-    would spend as much on its set-up as on the product; else each is a product of its own.
+    would spend as much on its set-up as on the product; else each is a product of its own, in the dtype of x.
     """
     # the first question decides alone where a graph is recorded: sizes may be symbols there
     if cpu.direct(x, *weights) and cpu.handles(x) and _small(x, *weights):
         return _compiled(x.contiguous(), [weight.contiguous() for weight in weights])
-    return [linear(one, weight) for one, weight in zip(x.unbind(0), weights, strict=True)]
+    exact = wide(x)
+    return [cast(linear(one, weight), exact) for one, weight in zip(x.unbind(0), weights, strict=True)]
 
 
 def _small(x: Tensor, *weights: Tensor) -> bool:
