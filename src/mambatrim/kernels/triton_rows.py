@@ -1,8 +1,9 @@
 """The causal convolution over S directions and RMSNorm in Triton, forward and backward (definition:
 kernels/reference.py).
 
-Values and gradients are tested in Triton's interpreter on a CPU (tests/test_triton.py). That they compile for a real
-GPU and run there is not checked yet, their speed is not measured, and block sizes are not tuned.
+Values and gradients are tested in Triton's interpreter on a CPU (tests/test_triton.py). They compile for
+compute capability 8.0 and 9.0 (Triton 3.7); none has run on a GPU, their speed is not measured, and block sizes are not
+tuned.
 
 All arithmetic is fp32. Gradients of the parameters are written as partial sums and added in PyTorch, without atomics:
 results are the same in every run.

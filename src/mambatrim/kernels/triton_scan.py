@@ -1,7 +1,8 @@
 """The selective scan over S directions in Triton, forward and backward (definition: kernels/reference.py).
 
-Values and gradients are tested in Triton's interpreter on a CPU (tests/test_triton.py). That they compile for a real
-GPU and run there is not checked yet, their speed is not measured, and block sizes are not tuned.
+Values and gradients are tested in Triton's interpreter on a CPU (tests/test_triton.py). They compile for
+compute capability 8.0 and 9.0 (Triton 3.7); none has run on a GPU, their speed is not measured, and block sizes are not
+tuned.
 
 A program is one image and a block of channels. Its tiles are (N, E): channels lie along the lanes of a warp and all
 states of a channel in one thread, so that the sum over states crosses no thread. It walks the tokens one by one with
