@@ -90,7 +90,8 @@ def text_of(name: str, flops_reduction: float = 0.0, image_size: int | None = No
     if fast is not model:
         reducer = cast(Trunk, fast).reducer
         removed = list(reducer.schedule.removed)
-        lines += ["", f"schedule for {percent(flops_reduction)} fewer FLOPs with {reducer.method.name}: {reducer.extra_repr()}"]
+        saving = f"{percent(flops_reduction)} fewer FLOPs with {reducer.method.name}"
+        lines += ["", f"schedule for {saving}: {reducer.extra_repr()}"]
         lines.append(f"patches removed after each block, counted from 0: {removed}")
     return "\n".join(lines)
 
