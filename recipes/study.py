@@ -212,6 +212,8 @@ def verdict(found: Comparison, model: str) -> str:
     lines = []
     for target in sorted({row.target for row in found.rows if row.target}):
         rows = [row for row in found.rows if row.model == model and row.target == target and row.ahead_interval]
+        if not rows:  # not run yet
+            continue
         rows.sort(key=lambda row: -(row.ahead or 0))
         sides = {
             "ahead": [row.name for row in rows if row.ahead_interval and row.ahead_interval.low > 0],
