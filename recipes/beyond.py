@@ -9,16 +9,27 @@ All savings have the whole cost counted: grouping, convolution and scan of the v
 
 from __future__ import annotations
 
-import argparse
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import cache, partial
-from pathlib import Path
+from functools import partial
 
 import beyond_ideas as ideas
 import torch
-from study import STAGES, Row, Study, accuracy, ahead, divergence, heading, held_out, pivot, speed, write_page
+from study import (
+    STAGES,
+    Row,
+    Study,
+    accuracy,
+    ahead,
+    arguments,
+    copy_pictures,
+    divergence,
+    heading,
+    pivot,
+    set_up,
+    speed,
+    write_page,
+)
 from torch import Tensor, nn
 
 import mambatrim
@@ -26,11 +37,10 @@ from mambatrim import kernels, methods
 from mambatrim.cells import plain_word
 from mambatrim.compare import Entry, in_stages
 from mambatrim.comparison import Comparison
-from mambatrim.data import Dataset, open_dataset
+from mambatrim.data import Dataset
 from mambatrim.evaluate import spread
 from mambatrim.methods import early, running, vsm
 from mambatrim.models.flat import FlatMamba
-from mambatrim.opening import model_label, open_model
 from mambatrim.prepared import prepare
 from mambatrim.reduction import (
     AS_IT_STANDS,
@@ -364,44 +374,19 @@ PARTS: dict[str, Callable[[Study], str]] = {
 }
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="the measurements of docs/beyond.md")
-    parser.add_argument("train", help="train.parquet, for the held-out images")
-    parser.add_argument("test", help="test.parquet")
-    parser.add_argument("--model", nargs="+", default=["vim_cifar10"], help="as mambatrim compare --model")
-    parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS), help="which parts (all)")
-    parser.add_argument("--images", type=int, help="use only so many of the test images")
-    parser.add_argument("--held-out", type=int, default=2000, help="use so many of the held-out images (%(default)s)")
-    parser.add_argument("--target", nargs="+", type=float, default=TARGETS, help="shares to save in the part `test`")
-    parser.add_argument("--minutes", type=float, default=1e9, help="stop after so long; run again to continue")
-    parser.add_argument("--no-run", action="store_true", help="print what is there, run nothing")
-    parser.add_argument("--no-timing", action="store_true", help="measure no times")
-    parser.add_argument("--out", type=Path, default=Path("runs/beyond"), help="cells and tables (%(default)s)")
-    parser.add_argument("--page", type=Path, help="page whose marked places the tables are put into")
-    parser.add_argument("--under", default="", help="suffix of the markers, where models need different options")
-    return parser.parse_args()
-
-
 def main() -> None:
-    given = arguments()
-    study = Study(
-        {model_label(text): open_model(text) for text in given.model},
-        spread(open_dataset(given.test), given.images),
-        cache(lambda: spread(held_out(given.train), given.held_out)),
-        given.out,
-        tuple(given.target),
-        not given.no_run,
-        not given.no_timing,
-        time.monotonic() + 60 * given.minutes,
-    )
+    parser = arguments("the measurements of docs/beyond.md", PARTS, TARGETS, "runs/beyond")
+    parser.add_argument("--held-out", type=int, default=2000, help="use so many of the held-out images (%(default)s)")
+    parser.add_argument("--under", default="", help="suffix of the markers, where models need different options")
+    given = parser.parse_args()
+    study = set_up(given, given.images, given.held_out)
     for name in given.part:
         text = PARTS[name](study)
         print(f"\n## {name}\n\n{text}\n", flush=True)
         if given.page and text:
             machine = f"\n\nOn {describe_machine()}." if name == "test" else ""
             write_page(given.page, name + given.under, text + machine, by="recipes/beyond.py")
-            for picture in given.out.glob("beyond-*.png"):
-                (given.page.parent / picture.name).write_bytes(picture.read_bytes())
+            copy_pictures(given.out, given.page, "beyond-*.png")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -260,21 +260,41 @@ def _unwrapped(text: str) -> str:
     return "\n\n".join(" ".join(paragraph.split("\n")) for paragraph in text.split("\n\n"))
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="the study of docs/study.md")
+def arguments(description: str, parts: Iterable[str], targets: Sequence[float], out: str) -> argparse.ArgumentParser:
+    """The words that all studies understand."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("train", help="train.parquet, for the held-out images")
     parser.add_argument("test", help="test.parquet")
     parser.add_argument("--model", nargs="+", default=["vim_cifar10"], help="as mambatrim compare --model")
-    parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS), help="which parts (all)")
-    parser.add_argument("--target", nargs="+", type=float, default=TARGETS, help="shares of the FLOPs to save")
-    parser.add_argument("--images", type=int, help="use only so many of the images of either split")
-    parser.add_argument("--quick", action="store_true", help="500 images and the saving of 40 % only")
+    parser.add_argument("--part", nargs="+", choices=list(parts), default=list(parts), help="which parts (all)")
+    parser.add_argument("--target", nargs="+", type=float, default=targets, help="shares of the FLOPs to save")
+    parser.add_argument("--images", type=int, help="use only so many of the test images")
     parser.add_argument("--minutes", type=float, default=1e9, help="stop after so long; run again to continue")
     parser.add_argument("--no-run", action="store_true", help="print what is there, run nothing")
     parser.add_argument("--no-timing", action="store_true", help="measure no times")
-    parser.add_argument("--out", type=Path, default=Path("runs/study"), help="cells and tables (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path(out), help="cells and tables (%(default)s)")
     parser.add_argument("--page", type=Path, help="page whose marked places the tables are put into")
-    return parser.parse_args()
+    return parser
+
+
+def set_up(options: argparse.Namespace, images: int | None, held: int | None) -> Study:
+    """What the words say, with so many test images and held-out images (None: all)."""
+    return Study(
+        {model_label(text): open_model(text) for text in options.model},
+        spread(open_dataset(options.test), images),
+        cache(lambda: spread(held_out(options.train), held)),
+        options.out,
+        tuple(options.target),
+        not options.no_run,
+        not options.no_timing,
+        time.monotonic() + 60 * options.minutes,
+    )
+
+
+def copy_pictures(out: Path, page: Path, names: str) -> None:
+    """Put the pictures of a study beside its page."""
+    for picture in out.glob(names):
+        (page.parent / picture.name).write_bytes(picture.read_bytes())
 
 
 # ----------------------------------------------------------------------------------------------------------------- main
@@ -385,27 +405,19 @@ def _limits(study: Study) -> str:
 
 
 def main() -> None:
-    options = arguments()
+    parser = arguments("the study of docs/study.md", PARTS, TARGETS, "runs/study")
+    parser.add_argument("--quick", action="store_true", help="500 images and the saving of 40 % only")
+    options = parser.parse_args()
     images = 500 if options.quick and options.images is None else options.images
-    models = {model_label(text): open_model(text) for text in options.model}
-    study = Study(
-        models,
-        spread(open_dataset(options.test), images),
-        cache(lambda: spread(held_out(options.train), images)),
-        options.out,
-        (CHOSEN_AT,) if options.quick else options.target,
-        not options.no_run,
-        not options.no_timing,
-        time.monotonic() + 60 * options.minutes,
-    )
+    options.target = (CHOSEN_AT,) if options.quick else options.target
+    study = set_up(options, images, images)  # of either split
     for name in options.part:
         found = PARTS[name](study)
         text = f"{_unwrapped(TITLES[name])}\n\n{found}\n\nOn {describe_machine()}; {_limits(study)}." if found else ""
         print(f"\n{text or f'{name}: nothing was run yet'}\n", flush=True)
         if options.page:
             write_page(options.page, name, text)
-            for picture in options.out.glob("study-*.png"):
-                (options.page.parent / picture.name).write_bytes(picture.read_bytes())
+            copy_pictures(options.out, options.page, "study-*.png")
 
 
 if __name__ == "__main__":
