@@ -511,6 +511,6 @@ def test_scratch_memory_is_never_read_before_it_is_written():
 def test_what_is_missing_is_said_in_one_sentence(monkeypatch):
     monkeypatch.setattr(cpu, "_load", lambda: (None, "the kernels were not compiled when mambatrim was installed"))
     assert "install a C++ compiler" in cpu.missing() and cpu.missing()[0] == "T"
-    assert scan_operator.scan_cpu(*scan_arguments(requires_grad=False))[0].shape == (2, 7, 16)
+    assert scan_operator._scan_cpu(*scan_arguments(requires_grad=False))[0].shape == (2, 7, 16)
     with pytest.raises(RuntimeError, match="not compiled"):
         cpu.level()

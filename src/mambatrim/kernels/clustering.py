@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from . import cpu
-from .library import register
+from .library import cast, register
 
 # a cluster of norm zero is like nobody
 SMALLEST_NORM = 1e-12
@@ -54,7 +54,7 @@ def _checked(x: Tensor, weight: Tensor, coordinates: Tensor, r: int) -> list[Ten
     rows = x.shape[1]
     if not 0 <= r < rows:
         raise ValueError(f"from 0 to {rows - 1} of {rows} rows can be joined to others, got {r}")
-    return [each.to(torch.float32) for each in (x, weight, coordinates)]
+    return [cast(each, torch.float32) for each in (x, weight, coordinates)]
 
 
 def pair_costs(gram: Tensor, weight: Tensor, coordinates: Tensor, exponent: float) -> Tensor:

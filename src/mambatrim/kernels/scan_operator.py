@@ -174,7 +174,7 @@ def _scan_pytorch(u: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     return total.to(u.dtype), torch.stack(means, dim=1), torch.stack(states)
 
 
-def scan_cpu(u: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _scan_cpu(u: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     if cpu.handles(u):
         return record(u, *rest).forward()
     return _scan_pytorch(u, *rest)
@@ -271,7 +271,7 @@ def _scan_grad(ctx: Any, grad_y: Tensor | None, *others: None) -> tuple[Any, ...
 register(
     "selective_scan",
     f"({ARGUMENTS}) -> (Tensor y, Tensor dt_mean, Tensor state)",
-    *(scan_cpu, gpu.form("triton_scan", "scan_forward", _scan_pytorch), fake, _scan_setup, _scan_grad),
+    *(_scan_cpu, gpu.form("triton_scan", "scan_forward", _scan_pytorch), fake, _scan_setup, _scan_grad),
 )
 register(
     "selective_scan_backward",

@@ -140,7 +140,7 @@ def _scan_cpu(u: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     *arguments, source, share = rest
     if not cpu.handles(u):
         return _scan_pytorch(u, *rest)
-    return scan_operator.record(u, *arguments).forward((source.contiguous(), share.contiguous()))
+    return scan_operator.record(u, *arguments).forward((source, share))
 
 
 def _conv_fake(x: Tensor, weight: Sequence[Tensor], *_: Any) -> Tensor:

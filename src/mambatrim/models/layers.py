@@ -98,16 +98,8 @@ class BiMambaMixer(nn.Module):
         scan = kernels.scan(u, directions, z, repeats, scale=self.scale, virtual=scanned, log_A=True)
         captured = _capture(wanted, u, directions, z, scan.dt_mean) if wanted else {}
         y = scan.y
-        del (
-            projected,
-            hidden,
-            z,
-            u,
-            forward,
-            backward,
-            directions,
-            scan,
-        )  # most of a block's memory, and the product needs y alone
+        # most of a block's memory, and the last product needs y alone
+        del projected, hidden, z, u, forward, backward, directions, scan
         update = kernels.linear(y, self.out_proj.weight)  # (B, L, D)
         if "update" in wanted:
             captured["update"] = update
