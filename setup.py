@@ -38,10 +38,12 @@ COMPILERS = ("g++", "clang++", "c++")
 # GCC 12 finds its own AVX-512 header at fault (its bug 105593)
 WARNINGS = ("-Wall", "-Wextra", "-Wno-unknown-warning-option", "-Wno-maybe-uninitialized")
 COMPILE_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fno-math-errno", *WARNINGS)
+AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512")
 ISA_FLAGS = {
     "generic": (),
     "avx2": ("-mavx2", "-mfma"),
-    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"),
+    "avx512": AVX512,
+    "avx512_bf16": (*AVX512, "-mavx512bf16"),
 }
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 

@@ -3,23 +3,30 @@
 from .clustering import agglomerate, agglomerate_rounds, cluster_macs, rounds_macs
 from .convolution import causal_conv1d
 from .linear import linear
+from .mixer import AS_IT_STANDS, Mixer, MixerDirection, Over, Steps, compose, mix
 from .norm import rms_norm
-from .projection import MOST_ROWS, project
+from .projection import project
 from .scan import Direction, Scan, scan, selective_scan
 from .scan_operator import scan_macs
 from .virtual import Virtual
 from .virtual import conv_macs as virtual_conv_macs
 
 __all__ = [
-    "MOST_ROWS",
+    "AS_IT_STANDS",
     "Direction",
+    "Mixer",
+    "MixerDirection",
+    "Over",
     "Scan",
+    "Steps",
     "Virtual",
     "agglomerate",
     "agglomerate_rounds",
     "causal_conv1d",
     "cluster_macs",
+    "compose",
     "linear",
+    "mix",
     "project",
     "rms_norm",
     "rounds_macs",

@@ -16,11 +16,12 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from .library import MAX_DIRECTIONS
 
 _PLAIN = (Tensor, nn.Parameter)
-LEVELS = ("generic", "avx2", "avx512")
+LEVELS = ("generic", "avx2", "avx512", "avx512_bf16")
 # the records of csrc/abi.h, in 8-byte fields: head, one direction
 SCAN, SCAN_DIRECTION = "<22qd", "<27q"
 CONV, CONV_DIRECTION = "<17q", "<5q"
-NORM, PROJECT = "<10qd", "<11q"
+NORM, PRODUCT = "<10qd", "<14q"
+MIXER, MIXER_DIRECTION = "<22q2d", "<8q"
 # of the step between two blocks
 ROWS, NEAREST, LINKS, LIFT, MERGE = "<10q", "<13q", "<9q", "<12q", "<17q"
 CLUSTER = "<11qd"
@@ -29,8 +30,9 @@ CLUSTER = "<11qd"
 def _abi() -> int:
     scan = struct.calcsize(SCAN) + MAX_DIRECTIONS * struct.calcsize(SCAN_DIRECTION)
     conv = struct.calcsize(CONV) + MAX_DIRECTIONS * struct.calcsize(CONV_DIRECTION)
-    others = (NORM, PROJECT, CLUSTER, ROWS, NEAREST, LINKS, LIFT, MERGE)
-    return 1000000 + scan + conv + sum(map(struct.calcsize, others))
+    mixer = struct.calcsize(MIXER) + MAX_DIRECTIONS * struct.calcsize(MIXER_DIRECTION)
+    others = (NORM, PRODUCT, CLUSTER, ROWS, NEAREST, LINKS, LIFT, MERGE)
+    return 1000000 + scan + conv + mixer + sum(map(struct.calcsize, others))
 
 
 @cache
@@ -40,7 +42,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     for path in sorted(folder.glob("_kernels*.so")) + sorted(folder.glob("_kernels*.dylib")):
         try:
             library = ctypes.CDLL(str(path))
-            library.mambatrim_abi.restype = library.mambatrim_level.restype = ctypes.c_int64
+            for number in (library.mambatrim_abi, library.mambatrim_level, library.mambatrim_multiplies_bf16):
+                number.restype = ctypes.c_int64
             library.mambatrim_level.argtypes = [ctypes.c_int64]
             if library.mambatrim_abi() == _abi():
                 return library, ""
@@ -74,6 +77,12 @@ def level(wanted: str | None = None) -> str:
 def compiled() -> bool:
     """Whether the compiled kernels are there."""
     return _load()[0] is not None
+
+
+def multiplies_bf16() -> bool:
+    """Whether products of bf16 are best made by the compiled kernels, and not by a matrix library."""
+    library, _ = _load()
+    return library is not None and bool(library.mambatrim_multiplies_bf16())
 
 
 def handles(*tensors: Tensor | None) -> bool:

@@ -12,35 +12,28 @@ from . import cpu
 from .library import MAX_DIRECTIONS, cast, wide
 from .linear import linear
 
-# beyond, the library is as fast (benchmarks/cpu.py, section `projection`)
-MOST_ROWS = 1024
-_RECORD = struct.Struct(cpu.PROJECT).pack
+_RECORD = struct.Struct(cpu.PRODUCT).pack
 
 
 def project(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
     """x (S, B, L, E) times S weights (O, E) transposed -> S times (B, L, O), in fp32 (fp64), which the scan works in.
 
-    For inference in fp32 on a CPU one compiled kernel makes all of them where the rows are few, and a matrix library
-    would spend as much on its set-up as on the product; else each is a product of its own, in the dtype of x.
+    For inference in fp32 on a CPU one compiled kernel makes all of them; else each is a product of its own, in the
+    dtype of x.
     """
-    # the first question decides alone where a graph is recorded: sizes may be symbols there
-    if cpu.direct(x, *weights) and cpu.handles(x) and _small(x, *weights):
+    # the first question decides alone where a graph is recorded
+    if cpu.direct(x, *weights) and all(each.dtype == torch.float32 for each in (x, *weights)):
         return _compiled(x.contiguous(), [weight.contiguous() for weight in weights])
     exact = wide(x)
     return [cast(linear(one, weight), exact) for one, weight in zip(x.unbind(0), weights, strict=True)]
 
 
-def _small(x: Tensor, *weights: Tensor) -> bool:
-    fp32 = all(each.dtype == torch.float32 for each in (x, *weights))
-    return fp32 and x.shape[1] * x.shape[2] <= MOST_ROWS
-
-
 def _compiled(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
     directions, batch, length, inputs = x.shape
-    outputs = weights[0].shape[0]
+    rows, outputs = batch * length, weights[0].shape[0]
     y = x.new_empty(directions, batch, length, outputs)
     if y.numel():
-        head = (directions, batch * length, inputs, outputs, torch.get_num_threads())
-        pointers = [weight.data_ptr() for weight in weights]
-        cpu.call("project", _RECORD(*head, x.data_ptr(), y.data_ptr(), *pointers, *[0] * (MAX_DIRECTIONS - directions)))
+        head = (directions, rows, inputs, outputs, False, torch.get_num_threads())
+        pointers = [weight.data_ptr() for weight in weights] + [0] * (MAX_DIRECTIONS - directions)
+        cpu.call("product", _RECORD(*head, x.data_ptr(), rows * inputs, y.data_ptr(), 0, *pointers))
     return list(y.unbind(0))

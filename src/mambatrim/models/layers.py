@@ -25,6 +25,8 @@ from ..reduction import Cost, Layout
 EPS = 1e-5
 # parameters of the scan itself, as the families name them
 _OF_THE_SCAN = re.compile(r"A(_b)?_logs?(_\d)?|Ds?(_b|_\d)?|dt_projs_bias|direction_Bs")
+# signals that the mixer has without giving up to run as one kernel
+_AT_ONCE = {"dt_mean", "hidden"}
 Captured = dict[str, Tensor]
 
 
@@ -78,39 +80,31 @@ class BiMambaMixer(nn.Module):
             D.fill_(1.0)
 
     def forward(
-        self, x: Tensor, wanted: Sequence[str] = (), layout: Layout | None = None, norm: RMSNorm | None = None
+        self, x: Tensor, norm: RMSNorm, wanted: Sequence[str] = (), layout: Layout | None = None
     ) -> tuple[Tensor, Captured]:
-        """x (B, L, D) -> (B, L, D), and the signals that are `wanted` (reduction.SIGNALS), all tokens in token
-        order; `layout` says what tokens of the stem the L rows stand for, where that matters; `norm` is applied first,
-        here because what it makes is free again after one product."""
-        repeats, convolved, scanned = _virtual(layout)
-        weight = self.in_proj.weight
-        projected = kernels.linear(x if norm is None else norm(x, weight.dtype), weight)
-        hidden, z = projected.chunk(2, dim=-1)  # (B, L, E) each
-        weights = [self.conv1d.weight.squeeze(1), self.conv1d_b.weight.squeeze(1)]
-        biases = [_given(self.conv1d.bias), _given(self.conv1d_b.bias)]
-        u = kernels.causal_conv1d(hidden, weights, biases, reverse=(False, True), virtual=convolved)  # (2, B, L, E)
-        forward, backward = kernels.project(u, [self.x_proj.weight, self.x_proj_b.weight])
-        directions = [
-            self._direction(forward, self.dt_proj, self.A_log, self.D, False),
-            self._direction(backward, self.dt_proj_b, self.A_b_log, self.D_b, True),
-        ]
-        scan = kernels.scan(u, directions, z, repeats, scale=self.scale, virtual=scanned, log_A=True)
-        captured = _capture(wanted, u, directions, z, scan.dt_mean) if wanted else {}
-        y = scan.y
-        # most of a block's memory, and the last product needs y alone
-        del projected, hidden, z, u, forward, backward, directions, scan
-        update = kernels.linear(y, self.out_proj.weight)  # (B, L, D)
-        if "update" in wanted:
-            captured["update"] = update
-        return update, captured
+        """x (B, L, D) fp32 -> x + mixer(norm(x)) (B, L, D), and the signals that are `wanted` (reduction.SIGNALS), all
+        tokens in token order; `layout` says what tokens of the stem the L rows stand for, where that matters."""
+        parameters, over = self._parameters_of(norm), _over(layout)
+        if _AT_ONCE.issuperset(wanted):
+            x, dt_mean = kernels.mix(x, parameters, over)
+            captured = {"dt_mean": dt_mean} if "dt_mean" in wanted else {}
+        else:
+            steps = kernels.compose(x, parameters, over)
+            x, captured = x + steps.update, _capture(wanted, steps)
+        if "hidden" in wanted:
+            captured["hidden"] = x
+        return x, captured
 
-    def _direction(
-        self, projected: Tensor, dt_proj: nn.Linear, A_log: Tensor, D: Tensor, reverse: bool
-    ) -> kernels.Direction:
-        sizes = [self.dt_rank, self.d_state, self.d_state]
-        dt, B, C = projected.split(sizes, dim=-1)  # (B, L, R), (B, L, N), (B, L, N)
-        return kernels.Direction(dt, A_log, B, C, D, dt_proj.bias, dt_proj.weight, reverse)
+    def _parameters_of(self, norm: RMSNorm) -> kernels.Mixer:
+        directions = [
+            kernels.MixerDirection(conv.weight, _given(conv.bias), x_proj.weight, dt_proj.weight, dt_proj.bias, A_log, D)
+            for conv, x_proj, dt_proj, A_log, D in (
+                (self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D),
+                (self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b),
+            )
+        ]
+        weights = (norm.weight, self.in_proj.weight, self.out_proj.weight)
+        return kernels.Mixer(*weights, directions, (False, True), EPS, self.scale)
 
     def cost(self, length: int, convolved: int | None = None, scanned: int | None = None) -> Cost:
         """MACs for one image of `length` tokens, the scan as 9 E N L as in the literature.
@@ -127,15 +121,15 @@ class BiMambaMixer(nn.Module):
         return Cost(projections, conv, scan, directions=conv + scan, quirks=taps * inner * (taps - 1))
 
 
-def _virtual(layout: Layout | None) -> tuple[Tensor | None, kernels.Virtual | None, kernels.Virtual | None]:
+def _over(layout: Layout | None) -> kernels.Over:
     """Factors on the time step, and the virtual sequences of the convolution and of the scan."""
     if layout is None:
-        return None, None, None
+        return kernels.AS_IT_STANDS
     convolved, scanned = (
         None if source is None else kernels.Virtual(source, layout.share)
         for source in (layout.convolved, layout.scanned)
     )
-    return layout.repeats, convolved, scanned
+    return kernels.Over(layout.repeats, convolved, scanned)
 
 
 def _given(bias: Tensor | None) -> Tensor:
@@ -144,26 +138,20 @@ def _given(bias: Tensor | None) -> Tensor:
     return bias
 
 
-def _capture(
-    wanted: Sequence[str],
-    u: Tensor,
-    directions: Sequence[kernels.Direction],
-    z: Tensor,
-    dt_mean: Tensor,
-) -> Captured:
+def _capture(wanted: Sequence[str], steps: kernels.Steps) -> Captured:
     """Only what is asked for is computed; the mean of the time step is there anyway."""
-    found: Captured = {"dt_mean": dt_mean}
+    found: Captured = {"dt_mean": steps.dt_mean, "update": steps.update}
     if "dt" in wanted:
-        steps = [reference.step_size(d.dt, d.dt_bias, d.dt_weight, softplus=True) for d in directions]
-        found["dt"] = torch.stack(steps, dim=1)  # (B, S, L, E)
+        sizes = [reference.step_size(d.dt, d.dt_bias, d.dt_weight, softplus=True) for d in steps.directions]
+        found["dt"] = torch.stack(sizes, dim=1)  # (B, S, L, E)
     if "B" in wanted:
-        found["B"] = torch.stack([d.B for d in directions], dim=1)  # (B, S, L, N)
+        found["B"] = torch.stack([d.B for d in steps.directions], dim=1)  # (B, S, L, N)
     if "C" in wanted:
-        found["C"] = torch.stack([d.C for d in directions], dim=1)
+        found["C"] = torch.stack([d.C for d in steps.directions], dim=1)
     if "y" in wanted or "y_gated" in wanted:
-        scans = [kernels.scan(u[s : s + 1], [d], log_A=True) for s, d in enumerate(directions)]
+        scans = [kernels.scan(steps.u[s : s + 1], [d], log_A=True) for s, d in enumerate(steps.directions)]
         found["y"] = torch.stack([one.y for one in scans], dim=1)  # (B, S, L, E)
-        found["y_gated"] = found["y"] * F.silu(z)[:, None]  # (B, S, L, E)
+        found["y_gated"] = found["y"] * F.silu(steps.z)[:, None]  # (B, S, L, E)
     return {name: found[name] for name in wanted if name in found}
 
 
@@ -177,11 +165,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, wanted: Sequence[str] = (), layout: Layout | None = None) -> tuple[Tensor, Captured]:
         """x (B, L, D) fp32 -> the same, and the `wanted` signals; `layout` as for the mixer."""
-        update, captured = self.mixer(x, wanted, layout, self.norm)
-        x = x + update
-        if "hidden" in wanted:
-            captured["hidden"] = x
-        return x, captured
+        return self.mixer(x, self.norm, wanted, layout)
 
     def cost(self, length: int, convolved: int | None = None, scanned: int | None = None) -> Cost:
         return self.mixer.cost(length, convolved, scanned)

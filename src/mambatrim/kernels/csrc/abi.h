@@ -15,8 +15,8 @@ struct ScanDirection {
     int64_t weight;                  // (E, R) fp32, contiguous, or null
     int64_t bias;                    // (E) fp32 or null
     int64_t reverse;                 // 1: from the last token to the first
-    int64_t dt_mean, dt_mean_batch;  // out (B, L) fp32: mean over E of the step size, before `repeats`
-    int64_t state;                   // out (B, E, N) fp32: the state after the last step
+    int64_t dt_mean, dt_mean_batch;  // out (B, L) fp32: mean over E of the step size, before `repeats`; all directions or none
+    int64_t state;                   // out (B, E, N) fp32 or null: the state after the last step
     // written by the backward pass only
     int64_t grad_u;     // (B, L, E) T, contiguous
     int64_t grad_dt;    // (B, L, E) T, contiguous: gradient of the raw step size, before bias and softplus
@@ -66,10 +66,30 @@ struct NormArgs {
     double eps;
 };
 
-struct ProjectArgs {
-    int64_t directions, rows, inputs, outputs, threads;
-    int64_t x, y;       // (S, rows, E) fp32; out (S, rows, O) fp32; contiguous
-    int64_t weight[4];  // (O, E) fp32, contiguous
+struct ProductArgs {
+    int64_t directions, rows, inputs, outputs, bfloat16, threads;
+    int64_t x, x_direction;  // (S, rows, I) T, rows contiguous; elements between directions, 0 where they share x
+    int64_t y, base;         // out (S, rows, O) and what is added to it, or null; contiguous
+    int64_t weight[4];       // (O, I) T, contiguous
+};
+
+struct MixerDirection {
+    int64_t conv_weight, conv_bias;       // (E, K) fp32; (E) fp32 or null
+    int64_t x_weight, dt_weight;          // (R + 2 N, E), (E, R) T
+    int64_t dt_bias, a_log, d, reverse;   // (E) fp32 or null, (E, N) fp32, (E) fp32 or null
+};
+
+struct MixerArgs {
+    int64_t batch, length, columns, channels, states, rank, taps;  // columns: D (d_model)
+    int64_t directions, bfloat16, threads;
+    int64_t x, y;                              // (B, L, D) fp32, contiguous
+    int64_t norm, in_weight, out_weight;       // (D) fp32, (2 E, D) T, (D, E) T; contiguous
+    int64_t dt_mean;                           // out (B, S, L) fp32, or null
+    int64_t repeats;                           // (B, L) fp32 or null
+    int64_t conv_steps, conv_source;           // of virtual sequences: T, (B, T) int64, or null
+    int64_t scan_steps, scan_source, share;    // and (B, L) fp32
+    double eps, scale;
+    MixerDirection direction[4];
 };
 
 struct ClusterArgs {

@@ -1,5 +1,8 @@
 // The exported functions: each goes to the best instruction set of the processor that it runs on.
 #include "abi.h"
+#ifdef MAMBATRIM_HAVE_X86
+#include <cpuid.h>
+#endif
 
 #define DECLARE(isa)                                   \
     extern "C" int scan_forward_##isa(const ScanArgs*);  \
@@ -10,7 +13,8 @@
     extern "C" int virtual_conv_forward_##isa(const ConvArgs*); \
     extern "C" int norm_forward_##isa(const NormArgs*);  \
     extern "C" int norm_backward_##isa(const NormArgs*); \
-    extern "C" int project_##isa(const ProjectArgs*);    \
+    extern "C" int product_##isa(const ProductArgs*);    \
+    extern "C" int mixer_##isa(const MixerArgs*);        \
     extern "C" int take_rows_##isa(const RowsArgs*);     \
     extern "C" int nearest_##isa(const NearestArgs*);    \
     extern "C" int links_##isa(const LinksArgs*);        \
@@ -22,18 +26,19 @@ DECLARE(generic)
 #ifdef MAMBATRIM_HAVE_X86
 DECLARE(avx2)
 DECLARE(avx512)
+DECLARE(avx512_bf16)
 #endif
 
 namespace {
 
-enum Level { GENERIC, AVX2, AVX512 };
+enum Level { GENERIC, AVX2, AVX512, AVX512_BF16 };
 
 Level best() {
 #ifdef MAMBATRIM_HAVE_X86
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl"))
-        return AVX512;
+        return __builtin_cpu_supports("avx512bf16") ? AVX512_BF16 : AVX512;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return AVX2;
 #endif
     return GENERIC;
@@ -46,19 +51,32 @@ Level level = supported;
 
 // A change here without a change in kernels/cpu.py (or the other way round) must not load.
 extern "C" int64_t mambatrim_abi() {
-    return 1000000 + (int64_t)(sizeof(ScanArgs) + sizeof(ConvArgs) + sizeof(NormArgs) + sizeof(ClusterArgs) + sizeof(ProjectArgs) +
+    return 1000000 + (int64_t)(sizeof(ScanArgs) + sizeof(ConvArgs) + sizeof(NormArgs) + sizeof(ClusterArgs) + sizeof(ProductArgs) + sizeof(MixerArgs) +
                                 sizeof(RowsArgs) + sizeof(NearestArgs) + sizeof(LinksArgs) + sizeof(LiftArgs) + sizeof(MergeArgs));
 }
 
-// 0 generic, 1 AVX2, 2 AVX-512. `wanted` < 0 asks only; more than the processor has is not taken. For tests and benchmarks.
+// 0 generic, 1 AVX2, 2 AVX-512, 3 with products in bf16. `wanted` < 0 asks only; more than the processor has is not taken. For tests and benchmarks.
 extern "C" int64_t mambatrim_level(int64_t wanted) {
     if (wanted >= 0 && wanted <= supported) level = (Level)wanted;
     return level;
 }
 
+// Whether products of bf16 are best made here: one instruction makes two of them, and the processor has no tiles (AMX),
+// which matrix libraries know to use.
+extern "C" int64_t mambatrim_multiplies_bf16() {
+#ifdef MAMBATRIM_HAVE_X86
+    unsigned a, b, c, d;
+    const bool tiles = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1);
+    return level == AVX512_BF16 && !tiles;
+#else
+    return 0;
+#endif
+}
+
 #ifdef MAMBATRIM_HAVE_X86
 #define DISPATCH(name, Args)                           \
     extern "C" int mambatrim_##name(const Args* p) {   \
+        if (level == AVX512_BF16) return name##_avx512_bf16(p); \
         if (level == AVX512) return name##_avx512(p);  \
         if (level == AVX2) return name##_avx2(p);      \
         return name##_generic(p);                      \
@@ -76,7 +94,8 @@ DISPATCH(virtual_scan_forward, ScanArgs)
 DISPATCH(virtual_conv_forward, ConvArgs)
 DISPATCH(norm_forward, NormArgs)
 DISPATCH(norm_backward, NormArgs)
-DISPATCH(project, ProjectArgs)
+DISPATCH(product, ProductArgs)
+DISPATCH(mixer, MixerArgs)
 DISPATCH(take_rows, RowsArgs)
 DISPATCH(nearest, NearestArgs)
 DISPATCH(links, LinksArgs)

@@ -2,8 +2,9 @@
 #include "cluster.h"
 #include "conv.h"
 #include "merge.h"
+#include "mixer.h"
 #include "norm.h"
-#include "project.h"
+#include "product.h"
 #include "scan.h"
 #include "virtual.h"
 
@@ -55,7 +56,13 @@ EXPORT(norm_forward)(const NormArgs* p) {
 EXPORT(norm_backward)(const NormArgs* p) {
     return p->bfloat16_out ? norm_backward<bf16>(*p) : norm_backward<float>(*p);
 }
-EXPORT(project)(const ProjectArgs* p) { return project(*p); }
+EXPORT(product)(const ProductArgs* p) {
+    return p->bfloat16 ? product<bf16, float>(*p) : product<float, float>(*p);
+}
+EXPORT(mixer)(const MixerArgs* p) {
+    if (p->bfloat16) BY_STATES(mixer, bf16)
+    BY_STATES(mixer, float)
+}
 EXPORT(agglomerate)(const ClusterArgs* p) { return agglomerate(*p); }
 EXPORT(take_rows)(const RowsArgs* p) { return take_rows(*p); }
 EXPORT(nearest)(const NearestArgs* p) { return nearest(*p); }

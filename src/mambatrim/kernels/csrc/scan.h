@@ -110,7 +110,7 @@ INLINE void forward_block(const ScanArgs& p, int64_t s, const Packed& k, int64_t
         raw_steps(p, dir, k, b, block, m, n, at, dt);
         for (int j = 0; j < n; j++) {
             if (p.softplus) dt[j] = softplus(dt[j]);
-            sum_dt[at(j)] += dt[j] * live;
+            if (dir.dt_mean) sum_dt[at(j)] += dt[j] * live;
             if (repeats) dt[j] *= repeats[at(j)];
         }
         for (int j = 0; j < n; j++) {
@@ -142,6 +142,7 @@ INLINE void forward_block(const ScanArgs& p, int64_t s, const Packed& k, int64_t
             store(y + t * p.channels, out, m);
         }
     }
+    if (!dir.state) return;
     float* state = (float*)dir.state + (b * p.channels + block * W) * n_states;
     for (int64_t i = 0; i < n_states; i++)
         for (int e = 0; e < m; e++) state[e * n_states + i] = h[i][e];
@@ -152,8 +153,9 @@ template <class Block>
 int scan_tasks(const ScanArgs& p, Block run) {
     const int64_t blocks = (p.channels + W - 1) / W, per_task = W >= 16 ? 2 : 32 / W;
     const int64_t groups = (blocks + per_task - 1) / per_task, tasks = p.batch * groups, length = p.length;
+    const bool means = p.direction[0].dt_mean;
     Scratch parameters(p.directions * blocks * (p.states + p.rank + 2));
-    float* partial = (float*)malloc(sizeof(float) * (size_t)(tasks * p.directions * length + 1));
+    float* partial = (float*)malloc(sizeof(float) * (size_t)(means ? tasks * p.directions * length : 1));
     if (!parameters || !partial) {
         free(partial);
         return 1;
@@ -179,15 +181,16 @@ int scan_tasks(const ScanArgs& p, Block run) {
             // the directions of a block follow each other; the mean of dt needs one sum per direction over all blocks
             for (int64_t block = group * per_task; block < end; block++)
                 for (int64_t s = 0; s < p.directions; s++) {
-                    float* mean = partial + (task * p.directions + s) * length;
-                    for (int64_t t = 0; t < length; t++) sum_dt[t] = vf{};
+                    for (int64_t t = 0; t < length && means; t++) sum_dt[t] = vf{};
                     run(s, packed[s], b, block, sum_y, sum_dt, steps);
+                    if (!means) continue;
+                    float* mean = partial + (task * p.directions + s) * length;
                     const bool fresh = block == group * per_task;
                     for (int64_t t = 0; t < length; t++) mean[t] = (fresh ? 0.0f : mean[t]) + sum(sum_dt[t]);
                 }
         }
     }
-    for (int64_t b = 0; b < p.batch && !failed; b++)
+    for (int64_t b = 0; b < p.batch && means && !failed; b++)
         for (int64_t s = 0; s < p.directions; s++) {
             float* out = (float*)p.direction[s].dt_mean + b * p.direction[s].dt_mean_batch;
             for (int64_t t = 0; t < length; t++) {

@@ -86,7 +86,7 @@ INLINE void virtual_block(const ScanArgs& p, int64_t s, const Packed& k, int64_t
         raw_steps(p, dir, k, b, block, m, n, [&](int64_t j) { return t0 + j; }, steps + t0);
         for (int64_t t = t0; t < t0 + n; t++) {
             if (p.softplus) steps[t] = softplus(steps[t]);
-            sum_dt[t] += steps[t] * live;
+            if (dir.dt_mean) sum_dt[t] += steps[t] * live;
             if (repeats) steps[t] *= repeats[t];
             // D u of every position is D u of the row
             sum_y[t] = (s == 0 ? vf{} : sum_y[t]) + d * load(u + t * dir.u_token, m);
@@ -127,9 +127,11 @@ INLINE void virtual_block(const ScanArgs& p, int64_t s, const Packed& k, int64_t
         total = out + odd;
     }
     if (row >= 0) sum_y[row] += total * share[row];
-    float* state = (float*)dir.state + (b * p.channels + block * W) * n_states;
-    for (int64_t i = 0; i < n_states; i++)
-        for (int e = 0; e < m; e++) state[e * n_states + i] = h[i][e];
+    if (dir.state) {
+        float* state = (float*)dir.state + (b * p.channels + block * W) * n_states;
+        for (int64_t i = 0; i < n_states; i++)
+            for (int e = 0; e < m; e++) state[e * n_states + i] = h[i][e];
+    }
     if (s + 1 < p.directions) return;
 
     const float scale = (float)p.scale;

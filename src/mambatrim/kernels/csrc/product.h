@@ -1,0 +1,197 @@
+// Matrix products with weights: y (S, M, O) = x (S, M, I) weight (S, O, I)^T, in S directions at once, sums in fp32.
+//
+// A task packs a panel of outputs, transposed, so that vectors run over outputs, and takes its rows a few at a time: all
+// sums of a tile stay in registers. Packing costs a few per cent at 200 rows; no packed weight outlives the call, so that
+// weights may change at any time. Every sum adds up its inputs in order, whatever the tile: equal rows give equal results.
+#pragma once
+#include "abi.h"
+#include "vec.h"
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int TALL = 8, WIDE = 3;  // rows, and vectors of outputs, of a tile
+#define LOW_PAIRS(a, b) __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
+#define HIGH_PAIRS(a, b) __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
+#elif defined(__AVX2__)
+constexpr int TALL = 6, WIDE = 2;
+#define LOW_PAIRS(a, b) __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11)
+#define HIGH_PAIRS(a, b) __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15)
+#else
+constexpr int TALL = 6, WIDE = 2;
+#define LOW_PAIRS(a, b) __builtin_shufflevector(a, b, 0, 4, 1, 5)
+#define HIGH_PAIRS(a, b) __builtin_shufflevector(a, b, 2, 6, 3, 7)
+#endif
+
+// W rows of W elements become columns. Each round interleaves the first half of the rows with the second.
+INLINE void transpose(vf* rows) {
+#pragma GCC unroll 4
+    for (int round = 1; round < W; round *= 2) {
+        vf next[W];
+#pragma GCC unroll 8
+        for (int i = 0; i < W / 2; i++) {
+            next[2 * i] = LOW_PAIRS(rows[i], rows[i + W / 2]);
+            next[2 * i + 1] = HIGH_PAIRS(rows[i], rows[i + W / 2]);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < W; i++) rows[i] = next[i];
+    }
+}
+
+// How a row is read: `Unit` is what one step of a sum takes of it; `packed` loads m units of a weight as a vector.
+template <typename T>
+struct Operand {
+    typedef T Unit;
+    static constexpr int64_t PER_UNIT = 1;
+    INLINE vf packed(const T* p, int m) { return load(p, m); }
+    INLINE vf broadcast(const float* p) { return splat(*p); }
+    INLINE vf broadcast(const bf16* p) {
+        const uint32_t bits = (uint32_t)p->bits << 16;
+        float value;
+        memcpy(&value, &bits, sizeof value);
+        return splat(value);
+    }
+    INLINE vf add(vf sum, vf x, vf w) { return sum + x * w; }
+};
+
+#if defined(__AVX512BF16__)
+// Two elements of bf16 in each 32 bits, multiplied and added by one instruction.
+template <>
+struct Operand<bf16> {
+    typedef float Unit;  // 32 bits: a pair
+    static constexpr int64_t PER_UNIT = 2;
+    INLINE vf packed(const float* p, int m) { return load(p, m); }
+    INLINE vf broadcast(const float* p) { return splat(*p); }
+    INLINE vf add(vf sum, vf x, vf w) { return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)w); }
+};
+#endif
+
+// V vectors of outputs, of which `live` are there, as columns: rows of `units` units from `weight` on -> (units, V).
+template <typename T, int V>
+INLINE void pack_panel(const typename Operand<T>::Unit* weight, int64_t units, int64_t live, vf* packed) {
+    for (int v = 0; v < V; v++) {
+        const typename Operand<T>::Unit* from = weight + v * W * units;
+        const int64_t there = live - v * W;
+        int64_t k = 0;
+        vf rows[W];
+        for (; there >= W && k + W <= units; k += W) {
+#pragma GCC unroll 16
+            for (int i = 0; i < W; i++) rows[i] = Operand<T>::packed(from + i * units + k, W);
+            transpose(rows);
+#pragma GCC unroll 16
+            for (int i = 0; i < W; i++) packed[(k + i) * V + v] = rows[i];
+        }
+        for (; k < units; k += W) {
+            const int m = (int)smaller(W, units - k);
+            for (int i = 0; i < W; i++) rows[i] = i < there ? Operand<T>::packed(from + i * units + k, m) : vf{};
+            transpose(rows);
+            for (int i = 0; i < m; i++) packed[(k + i) * V + v] = rows[i];
+        }
+    }
+}
+
+// The sums of H rows and V vectors of outputs.
+template <typename T, int H, int V>
+INLINE void multiply(const typename Operand<T>::Unit* const* x, const vf* packed, int64_t units, vf (*sum)[V]) {
+#pragma GCC unroll 8
+    for (int i = 0; i < H; i++)
+        for (int v = 0; v < V; v++) sum[i][v] = vf{};
+    for (int64_t k = 0; k < units; k++) {
+        vf w[V];
+#pragma GCC unroll 3
+        for (int v = 0; v < V; v++) w[v] = packed[k * V + v];
+#pragma GCC unroll 8
+        for (int i = 0; i < H; i++) {
+            const vf one = Operand<T>::broadcast(x[i] + k);
+#pragma GCC unroll 3
+            for (int v = 0; v < V; v++) sum[i][v] = Operand<T>::add(sum[i][v], one, w[v]);
+        }
+    }
+}
+
+// Memory that is wanted soon, fetched a part at a time.
+struct Soon {
+    const char *at, *end;
+    int64_t part;
+    INLINE void fetch(Soon& soon) {
+        for (const char* stop = soon.at + soon.part; soon.at < stop && soon.at < soon.end; soon.at += 64)
+            __builtin_prefetch(soon.at, 0, 2);
+    }
+};
+
+// Rows `first` to `end` of V vectors of outputs from output `column` on.
+template <typename T, typename Y, int H, int V>
+void panel_rows(const ProductArgs& p, int64_t s, const vf* packed, int64_t column, int64_t first, int64_t end, Soon& soon) {
+    typedef typename Operand<T>::Unit Unit;
+    const int64_t units = p.inputs / Operand<T>::PER_UNIT, live = smaller(V * W, p.outputs - column);
+    const Unit* x = (const Unit*)p.x + s * p.x_direction / Operand<T>::PER_UNIT;
+    Y* y = (Y*)p.y + s * p.rows * p.outputs + column;
+    const Y* base = p.base ? (const Y*)p.base + s * p.rows * p.outputs + column : nullptr;
+    for (int64_t t = first; t < end; t += H) {
+        const Unit* rows[H];  // past the end the last one again
+        for (int i = 0; i < H; i++) rows[i] = x + smaller(t + i, end - 1) * units;
+        Soon::fetch(soon);
+        vf sum[H][V];
+        multiply<T, H, V>(rows, packed, units, sum);
+#pragma GCC unroll 8
+        for (int i = 0; i < H; i++) {
+            if (t + i >= end) break;
+#pragma GCC unroll 3
+            for (int v = 0; v < V; v++) {
+                const int m = (int)smaller(W, live - v * W);
+                const int64_t at = (t + i) * p.outputs + v * W;
+                store(y + at, base ? sum[i][v] + load(base + at, m) : sum[i][v], m);
+            }
+        }
+    }
+}
+
+template <typename T, typename Y, int V>
+INLINE void panel(const ProductArgs& p, int64_t s, vf* packed, int64_t column, int64_t first, int64_t end) {
+    typedef typename Operand<T>::Unit Unit;
+    const int64_t units = p.inputs / Operand<T>::PER_UNIT, live = smaller(V * W, p.outputs - column);
+    pack_panel<T, V>((const Unit*)p.weight[s] + column * units, units, live, packed);
+    // the panel after this one, that of the next thread after that, ...: the tasks are taken in turn
+    const char *weight = (const char*)p.weight[s], *weight_end = weight + p.outputs * units * (int64_t)sizeof(Unit);
+    const int64_t bytes = V * W * units * (int64_t)sizeof(Unit);
+    Soon soon{weight + column * units * (int64_t)sizeof(Unit) + p.threads * bytes, weight_end, 0};
+    soon.end = soon.end < soon.at + bytes ? soon.end : soon.at + bytes;
+    soon.part = bytes / ((end - first + TALL - 1) / TALL) + 64;
+    constexpr int LOW = TALL / 2;  // the last rows
+    const int64_t rest = (end - first) % TALL, full = end - (rest && rest <= LOW ? rest : 0);
+    panel_rows<T, Y, TALL, V>(p, s, packed, column, first, full, soon);
+    panel_rows<T, Y, LOW, V>(p, s, packed, column, full, end, soon);
+}
+
+template <typename T, typename Y>
+int product(const ProductArgs& p) {
+    const int64_t vectors = (p.outputs + W - 1) / W, panels = (vectors + WIDE - 1) / WIDE;
+    const int64_t width = (vectors + panels - 1) / panels;  // vectors of a panel: all about alike
+    // enough tasks for all threads, if that takes few rows
+    const int64_t parts = (4 * p.threads + panels * p.directions - 1) / (panels * p.directions);
+    const int64_t share = ((p.rows + parts - 1) / parts + TALL - 1) / TALL * TALL, shares = (p.rows + share - 1) / share;
+    int failed = 0;
+#pragma omp parallel num_threads((int)p.threads) if (p.threads > 1)
+    {
+        static thread_local Kept kept;
+        vf* packed = kept.take(p.inputs * width);
+        if (!packed) {
+#pragma omp atomic write
+            failed = 1;
+        }
+#pragma omp for collapse(3) schedule(dynamic, 1)
+        for (int64_t s = 0; s < p.directions; s++)
+            for (int64_t number = 0; number < panels; number++)
+                for (int64_t part = 0; part < shares; part++) {
+                    const int64_t column = number * width * W, first = part * share, end = smaller(p.rows, first + share);
+                    if (!packed || column >= p.outputs) continue;  // every thread has to meet the loop
+                    if (width == 1) panel<T, Y, 1>(p, s, packed, column, first, end);
+                    else if (width == 2) panel<T, Y, 2>(p, s, packed, column, first, end);
+                    else panel<T, Y, WIDE>(p, s, packed, column, first, end);
+                }
+        kept.drop();
+    }
+    return failed;
+}
+
+}  // namespace

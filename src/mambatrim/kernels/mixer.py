@@ -1,0 +1,229 @@
+"""A Mamba mixer with the norm before it and the residual around it: `mambatrim::mixer`.
+
+    x + out_proj(scale (sum of the scans) silu(z)),   (h, z) = in_proj(norm(x)),   each scan over conv(h) of its own
+
+`compose` is the definition, of the operators in the other files. For inference on a CPU one compiled kernel makes all
+of it: at one image PyTorch's own part in a dozen calls is a third of a narrow block, and what one step makes is still
+in the cache when the next one reads it.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import cpu
+from . import virtual as virtual_sequence
+from .convolution import MAX_TAPS, causal_conv1d
+from .library import MAX_DIRECTIONS, register
+from .linear import linear
+from .norm import rms_norm
+from .projection import project
+from .scan import MAX_STATES, Direction, scan
+from .virtual import Virtual
+
+_HEAD, _DIRECTION = struct.Struct(cpu.MIXER).pack, struct.Struct(cpu.MIXER_DIRECTION).pack
+
+
+class MixerDirection(NamedTuple):
+    """Parameters of one direction, as checkpoints have them."""
+
+    conv: Tensor  # (E, 1, K)
+    conv_bias: Tensor  # (E)
+    x_proj: Tensor  # (R + 2 N, E)
+    dt_proj: Tensor  # (E, R)
+    dt_bias: Tensor  # (E)
+    A_log: Tensor  # (E, N): log(-A)
+    D: Tensor  # (E)
+
+
+class Mixer(NamedTuple):
+    """Parameters of a mixer and of the norm before it."""
+
+    norm: Tensor  # (D)
+    in_proj: Tensor  # (2 E, D)
+    out_proj: Tensor  # (D, E)
+    directions: Sequence[MixerDirection]  # S <= 4
+    reverse: Sequence[bool]  # of each: from the last token to the first
+    eps: float  # of the norm
+    scale: float  # factor on the sum of the directions
+
+
+class Over(NamedTuple):
+    """The sequence that a mixer runs over, where that is not its L rows as they stand."""
+
+    repeats: Tensor | None = None  # (B, L): factor on the time step
+    convolved: Virtual | None = None
+    scanned: Virtual | None = None
+
+
+class Steps(NamedTuple):
+    """What a mixer makes on its way."""
+
+    u: Tensor  # (S, B, L, E): inputs of the scans
+    directions: list[Direction]
+    z: Tensor  # (B, L, E): the gate
+    dt_mean: Tensor  # (B, S, L)
+    update: Tensor  # (B, L, D): what is added to x
+
+
+AS_IT_STANDS = Over()
+
+
+def compose(x: Tensor, mixer: Mixer, over: Over = AS_IT_STANDS) -> Steps:
+    """The steps of a mixer on x (B, L, D), differentiable."""
+    lines = mixer.directions
+    projected = linear(rms_norm(x, mixer.norm, mixer.eps, mixer.in_proj.dtype), mixer.in_proj)
+    hidden, z = projected.chunk(2, dim=-1)  # (B, L, E) each
+    taps, biases = [line.conv.squeeze(1) for line in lines], [line.conv_bias for line in lines]
+    u = causal_conv1d(hidden, taps, biases, mixer.reverse, virtual=over.convolved)  # (S, B, L, E)
+    narrow = project(u, [line.x_proj for line in lines])  # S times (B, L, R + 2 N)
+    rank, states = lines[0].dt_proj.shape[1], lines[0].A_log.shape[1]
+    directions = []
+    for line, made, reverse in zip(lines, narrow, mixer.reverse, strict=True):
+        dt, B, C = made.split([rank, states, states], dim=-1)
+        directions.append(Direction(dt, line.A_log, B, C, line.D, line.dt_bias, line.dt_proj, reverse))
+    found = scan(u, directions, z, over.repeats, scale=mixer.scale, virtual=over.scanned, log_A=True)
+    return Steps(u, directions, z, found.dt_mean, linear(found.y, mixer.out_proj))
+
+
+def mix(x: Tensor, mixer: Mixer, over: Over = AS_IT_STANDS) -> tuple[Tensor, Tensor]:
+    """x (B, L, D) fp32 -> x + mixer(norm(x)) (B, L, D), and the time step's mean over channels (B, S, L)."""
+    tensors = _tensors(x, mixer, over)
+    if cpu.direct(*tensors):
+        if _takes(x, mixer, over):
+            return _compiled(x, mixer, over)
+    elif _compiling(tensors) and _takes(x, mixer, over):
+        return torch.ops.mambatrim.mixer(x, *_flat(mixer, over))
+    steps = compose(x, mixer, over)
+    return x + steps.update, steps.dt_mean
+
+
+def _tensors(x: Tensor, mixer: Mixer, over: Over) -> list[Tensor]:
+    found = [x, mixer.norm, mixer.in_proj, mixer.out_proj]
+    for line in mixer.directions:
+        found += line
+    if over is not AS_IT_STANDS:
+        found += [] if over.repeats is None else [over.repeats]
+        for virtual in over[1:]:
+            found += virtual or ()
+    return found
+
+
+def _compiling(tensors: Sequence[Tensor]) -> bool:
+    """Whether a compiler, and no exporter, is to call the operator: on a CPU, no gradient wanted."""
+    if not torch.compiler.is_compiling() or torch.compiler.is_exporting() or tensors[0].device.type != "cpu":
+        return False
+    return cpu.compiled() and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+
+
+def _takes(x: Tensor, mixer: Mixer, over: Over) -> bool:
+    """Whether the compiled kernel takes these: fp32, or bf16 where it is the one to multiply that; all contiguous."""
+    kind, fp32 = mixer.in_proj.dtype, torch.float32
+    if kind is not fp32 and not (kind is torch.bfloat16 and cpu.multiplies_bf16() and x.shape[2] % 2 == 0):
+        return False
+    first = mixer.directions[0]
+    if first.A_log.shape[1] > MAX_STATES or first.conv.shape[2] > MAX_TAPS or len(mixer.directions) > MAX_DIRECTIONS:
+        return False
+    if torch.is_autocast_enabled("cpu"):
+        return False
+    if x.dtype is not fp32 or mixer.norm.dtype is not fp32 or mixer.out_proj.dtype is not kind:
+        return False
+    if not (mixer.in_proj.is_contiguous() and mixer.out_proj.is_contiguous() and mixer.norm.is_contiguous()):
+        return False
+    for line in mixer.directions:
+        for one, wanted in zip(line, (fp32, fp32, kind, kind, fp32, fp32, fp32), strict=True):
+            if one.dtype is not wanted or not one.is_contiguous():
+                return False
+    return True
+
+
+def _compiled(x: Tensor, mixer: Mixer, over: Over) -> tuple[Tensor, Tensor]:
+    batch, length, columns = x.shape
+    x, (repeats, convolved, scanned) = x.contiguous(), over
+    y = torch.empty_like(x)
+    dt_mean = x.new_empty(batch, len(mixer.directions), length)
+    share = None
+    if over is not AS_IT_STANDS:
+        repeats = None if repeats is None else repeats.to(torch.float32).contiguous()
+        for virtual in (convolved, scanned):
+            if virtual is not None:
+                virtual_sequence.check(virtual, batch, length)
+                share = virtual.share.to(torch.float32).contiguous()
+        convolved, scanned = (v and Virtual(v.source.contiguous(), v.share) for v in (convolved, scanned))
+    if y.numel():
+        first = mixer.directions[0]
+        record = [
+            _HEAD(
+                *(batch, length, columns, *first.A_log.shape, first.dt_proj.shape[1]),
+                *(first.conv.shape[2], len(mixer.directions), mixer.in_proj.dtype is torch.bfloat16),
+                *(torch.get_num_threads(), x.data_ptr(), y.data_ptr()),
+                *(mixer.norm.data_ptr(), mixer.in_proj.data_ptr(), mixer.out_proj.data_ptr(), dt_mean.data_ptr()),
+                *(cpu.pointer(repeats), *_source(convolved), *_source(scanned), cpu.pointer(share)),
+                *(mixer.eps, mixer.scale),
+            )
+        ]
+        for line, reverse in zip(mixer.directions, mixer.reverse, strict=True):
+            record.append(_DIRECTION(*[one.data_ptr() for one in line], reverse))
+        cpu.call("mixer", cpu.padded(b"".join(record), cpu.MIXER, cpu.MIXER_DIRECTION))
+    return y, dt_mean
+
+
+def _source(virtual: Virtual | None) -> tuple[int, int]:
+    return (0, 0) if virtual is None else (virtual.source.shape[1], virtual.source.data_ptr())
+
+
+# ------------------------------------------------------------------------------------------------------- the operator
+
+_FIELDS = len(MixerDirection._fields)
+
+
+def _flat(mixer: Mixer, over: Over) -> tuple[object, ...]:
+    """The arguments of the operator behind x."""
+    lines = [one for line in mixer.directions for one in line]
+    repeats, convolved, scanned = over
+    share = next((virtual.share for virtual in (convolved, scanned) if virtual is not None), None)
+    sources = (None if virtual is None else virtual.source for virtual in (convolved, scanned))
+    head = (mixer.norm, mixer.in_proj, mixer.out_proj, lines, list(mixer.reverse), mixer.eps, mixer.scale)
+    return (*head, repeats, *sources, share)
+
+
+def _operator(
+    x: Tensor,
+    norm: Tensor,
+    in_proj: Tensor,
+    out_proj: Tensor,
+    lines: list[Tensor],
+    reverse: list[bool],
+    eps: float,
+    scale: float,
+    *over: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    directions = [MixerDirection(*lines[k : k + _FIELDS]) for k in range(0, len(lines), _FIELDS)]
+    mixer = Mixer(norm, in_proj, out_proj, directions, reverse, eps, scale)
+    repeats, convolved, scanned, share = over
+    sources = (None if source is None or share is None else Virtual(source, share) for source in (convolved, scanned))
+    run = Over(repeats, *sources)
+    if x.is_cpu and cpu.compiled() and _takes(x, mixer, run):
+        return _compiled(x, mixer, run)
+    steps = compose(x, mixer, run)
+    return x + steps.update, steps.dt_mean
+
+
+def _fake(
+    x: Tensor, norm: Tensor, in_proj: Tensor, out_proj: Tensor, lines: list[Tensor], *_: object
+) -> tuple[Tensor, Tensor]:
+    batch, length, _columns = x.shape
+    return torch.empty_like(x), x.new_empty(batch, len(lines) // _FIELDS, length)
+
+
+register(
+    "mixer",
+    "(Tensor x, Tensor norm, Tensor in_proj, Tensor out_proj, Tensor[] lines, bool[] reverse, float eps, float scale, "
+    "Tensor? repeats, Tensor? convolved, Tensor? scanned, Tensor? share) -> (Tensor y, Tensor dt_mean)",
+    *(_operator, _operator, _fake),
+)
