@@ -11,7 +11,7 @@
 
 namespace {
 
-constexpr int64_t CACHE = 1 << 20;  // bytes of a thread's own cache, about
+constexpr int64_t CACHE = 2 << 20;  // bytes of cache for each thread, about
 
 template <typename T>
 INLINE const float* widened(const T* x, int64_t n, float* out) {

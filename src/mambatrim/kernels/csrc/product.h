@@ -167,8 +167,8 @@ template <typename T, typename Y>
 int product(const ProductArgs& p) {
     const int64_t vectors = (p.outputs + W - 1) / W, panels = (vectors + WIDE - 1) / WIDE;
     const int64_t width = (vectors + panels - 1) / panels;  // vectors of a panel: all about alike
-    // enough tasks for all threads, if that takes few rows
-    const int64_t parts = (4 * p.threads + panels * p.directions - 1) / (panels * p.directions);
+    // the panels are shared out, and where they do not go round their rows are too
+    const int64_t units = panels * p.directions, parts = units % p.threads ? (4 * p.threads + units - 1) / units : 1;
     const int64_t share = ((p.rows + parts - 1) / parts + TALL - 1) / TALL * TALL, shares = (p.rows + share - 1) / share;
     int failed = 0;
 #pragma omp parallel num_threads((int)p.threads) if (p.threads > 1)

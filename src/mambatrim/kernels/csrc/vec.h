@@ -4,7 +4,9 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <new>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 #if defined(__AVX512F__)
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic push
@@ -135,24 +137,29 @@ struct Scratch {
     operator vf*() const { return data; }
 };
 
-// Scratch that the thread keeps for its next call, unless it is large: fresh memory costs a page fault every 4 KiB. One
-// place in the code has one of these, as a static thread_local.
+// Scratch that the thread keeps for its next call, unless it is large: fresh memory costs a page fault every 4 KiB, and
+// large pages spare the many misses of walks along tokens. One place in the code has one of these, a static thread_local.
 struct Kept {
-    static constexpr int64_t MOST = (8 << 20) / (int64_t)sizeof(vf);
-    Scratch* held = nullptr;
+    static constexpr int64_t MOST = 16 << 20, PAGE = 2 << 20;  // bytes
+    vf* data = nullptr;
     int64_t size = 0;
-    ~Kept() { delete held; }
-    vf* take(int64_t n) {  // null where there is no memory
-        if (n <= size) return *held;
-        delete held;
-        held = new (std::nothrow) Scratch(n);
-        size = held && *held ? n : 0;
-        return size ? (vf*)*held : nullptr;
+    ~Kept() { free(data); }
+    vf* take(int64_t n) {  // n vectors, or null where there is no memory
+        const int64_t bytes = n * (int64_t)sizeof(vf), unit = bytes >= PAGE / 2 ? PAGE : 4096;
+        if (bytes <= size && data) return data;
+        free(data);
+        size = (bytes + unit - 1) / unit * unit;
+        data = (vf*)aligned_alloc((size_t)unit, (size_t)size);
+        if (!data) size = 0;
+#if defined(__linux__)
+        else if (unit == PAGE) madvise(data, (size_t)size, MADV_HUGEPAGE);  // where it is refused, all is as before
+#endif
+        return data;
     }
     void drop() {
         if (size <= MOST) return;
-        delete held;
-        held = nullptr, size = 0;
+        free(data);
+        data = nullptr, size = 0;
     }
 };
 
