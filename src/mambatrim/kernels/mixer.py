@@ -19,7 +19,7 @@ from torch import Tensor
 from . import cpu
 from . import virtual as virtual_sequence
 from .convolution import MAX_TAPS, causal_conv1d
-from .library import MAX_DIRECTIONS, register
+from .library import MAX_DIRECTIONS, cast, register
 from .linear import linear
 from .norm import rms_norm
 from .projection import project
@@ -44,7 +44,7 @@ class MixerDirection(NamedTuple):
 class Mixer(NamedTuple):
     """Parameters of a mixer and of the norm before it."""
 
-    norm: Tensor  # (D)
+    norm: Tensor | None  # (D); None where x comes normed
     in_proj: Tensor  # (2 E, D)
     out_proj: Tensor  # (D, E)
     directions: Sequence[MixerDirection]  # S <= 4
@@ -77,7 +77,8 @@ AS_IT_STANDS = Over()
 def compose(x: Tensor, mixer: Mixer, over: Over = AS_IT_STANDS) -> Steps:
     """The steps of a mixer on x (B, L, D), differentiable."""
     lines = mixer.directions
-    projected = linear(rms_norm(x, mixer.norm, mixer.eps, mixer.in_proj.dtype), mixer.in_proj)
+    normed = x if mixer.norm is None else rms_norm(x, mixer.norm, mixer.eps, mixer.in_proj.dtype)
+    projected = linear(normed, mixer.in_proj)
     hidden, z = projected.chunk(2, dim=-1)  # (B, L, E) each
     taps, biases = [line.conv.squeeze(1) for line in lines], [line.conv_bias for line in lines]
     u = causal_conv1d(hidden, taps, biases, mixer.reverse, virtual=over.convolved)  # (S, B, L, E)
@@ -97,7 +98,7 @@ def mix(x: Tensor, mixer: Mixer, over: Over = AS_IT_STANDS) -> tuple[Tensor, Ten
     if cpu.direct(*tensors):
         if _takes(x, mixer, over):
             return _compiled(x, mixer, over)
-    elif _compiling(tensors) and _takes(x, mixer, over):
+    elif _compiling(tensors):
         return torch.ops.mambatrim.mixer(x, *_flat(mixer, over))
     steps = compose(x, mixer, over)
     return x + steps.update, steps.dt_mean
@@ -118,7 +119,9 @@ def _compiling(tensors: Sequence[Tensor]) -> bool:
     """Whether a compiler, and no exporter, is to call the operator: on a CPU, no gradient wanted."""
     if not torch.compiler.is_compiling() or torch.compiler.is_exporting() or tensors[0].device.type != "cpu":
         return False
-    return cpu.compiled() and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+    if torch.is_autocast_enabled("cpu"):
+        return False
+    return not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
 
 
 def _takes(x: Tensor, mixer: Mixer, over: Over) -> bool:
@@ -208,10 +211,10 @@ def _operator(
     repeats, convolved, scanned, share = over
     sources = (None if source is None or share is None else Virtual(source, share) for source in (convolved, scanned))
     run = Over(repeats, *sources)
-    if x.is_cpu and cpu.compiled() and _takes(x, mixer, run):
+    if x.is_cpu and cpu.handles(x) and _takes(x, mixer, run):
         return _compiled(x, mixer, run)
     steps = compose(x, mixer, run)
-    return x + steps.update, steps.dt_mean
+    return x + steps.update, cast(steps.dt_mean, x.dtype)
 
 
 def _fake(

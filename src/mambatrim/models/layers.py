@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,8 @@ from ..reduction import Cost, Layout
 EPS = 1e-5
 # parameters of the scan itself, as the families name them
 _OF_THE_SCAN = re.compile(r"A(_b)?_logs?(_\d)?|Ds?(_b|_\d)?|dt_projs_bias|direction_Bs")
+# the parts of a mixer that belong to each direction
+_DIRECTIONS = (("conv1d", "x_proj", "dt_proj", "A_log", "D"), ("conv1d_b", "x_proj_b", "dt_proj_b", "A_b_log", "D_b"))
 # signals that the mixer has without giving up to run as one kernel
 _AT_ONCE = {"dt_mean", "hidden"}
 Captured = dict[str, Tensor]
@@ -80,31 +83,37 @@ class BiMambaMixer(nn.Module):
             D.fill_(1.0)
 
     def forward(
-        self, x: Tensor, norm: RMSNorm, wanted: Sequence[str] = (), layout: Layout | None = None
+        self, x: Tensor, wanted: Sequence[str] = (), layout: Layout | None = None, norm: RMSNorm | None = None
     ) -> tuple[Tensor, Captured]:
-        """x (B, L, D) fp32 -> x + mixer(norm(x)) (B, L, D), and the signals that are `wanted` (reduction.SIGNALS), all
-        tokens in token order; `layout` says what tokens of the stem the L rows stand for, where that matters."""
-        parameters, over = self._parameters_of(norm), _over(layout)
-        if _AT_ONCE.issuperset(wanted):
+        """mixer(x) of x (B, L, D); with a `norm` x + mixer(norm(x)) of x in fp32, which can run as one kernel.
+
+        Also the signals that are `wanted` (reduction.SIGNALS), all tokens in token order. `layout` says what tokens of
+        the stem the L rows stand for, where that matters.
+        """
+        parameters, over = self._parameters_with(norm), _over(layout)
+        if norm is not None and _AT_ONCE.issuperset(wanted):
             x, dt_mean = kernels.mix(x, parameters, over)
             captured = {"dt_mean": dt_mean} if "dt_mean" in wanted else {}
         else:
             steps = kernels.compose(x, parameters, over)
-            x, captured = x + steps.update, _capture(wanted, steps)
+            captured = _capture(wanted, steps)
+            x = steps.update if norm is None else x + steps.update
         if "hidden" in wanted:
             captured["hidden"] = x
         return x, captured
 
-    def _parameters_of(self, norm: RMSNorm) -> kernels.Mixer:
+    def _parameters_with(self, norm: RMSNorm | None) -> kernels.Mixer:
+        parts = self._modules  # attributes of a module go a long way round, and a block asks for thirty
         directions = [
-            kernels.MixerDirection(conv.weight, _given(conv.bias), x_proj.weight, dt_proj.weight, dt_proj.bias, A_log, D)
-            for conv, x_proj, dt_proj, A_log, D in (
-                (self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D),
-                (self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b),
+            kernels.MixerDirection(
+                *(_held(parts[conv], "weight"), _given(_held(parts[conv], "bias")), _held(parts[x_proj], "weight")),
+                *(_held(parts[dt_proj], "weight"), _held(parts[dt_proj], "bias"), _held(self, A_log), _held(self, D)),
             )
+            for conv, x_proj, dt_proj, A_log, D in _DIRECTIONS
         ]
-        weights = (norm.weight, self.in_proj.weight, self.out_proj.weight)
-        return kernels.Mixer(*weights, directions, (False, True), EPS, self.scale)
+        weights = (_held(parts["in_proj"], "weight"), _held(parts["out_proj"], "weight"))
+        scale = None if norm is None else _held(norm, "weight")
+        return kernels.Mixer(scale, *weights, directions, (False, True), EPS, self.scale)
 
     def cost(self, length: int, convolved: int | None = None, scanned: int | None = None) -> Cost:
         """MACs for one image of `length` tokens, the scan as 9 E N L as in the literature.
@@ -130,6 +139,12 @@ def _over(layout: Layout | None) -> kernels.Over:
         for source in (layout.convolved, layout.scanned)
     )
     return kernels.Over(layout.repeats, convolved, scanned)
+
+
+def _held(module: Any, name: str) -> Tensor:
+    """The attribute `name`, without the way round where it is a parameter."""
+    found = module._parameters.get(name)
+    return getattr(module, name) if found is None else found
 
 
 def _given(bias: Tensor | None) -> Tensor:
@@ -165,7 +180,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, wanted: Sequence[str] = (), layout: Layout | None = None) -> tuple[Tensor, Captured]:
         """x (B, L, D) fp32 -> the same, and the `wanted` signals; `layout` as for the mixer."""
-        return self.mixer(x, self.norm, wanted, layout)
+        return self.mixer(x, wanted, layout, self.norm)
 
     def cost(self, length: int, convolved: int | None = None, scanned: int | None = None) -> Cost:
         return self.mixer.cost(length, convolved, scanned)
