@@ -1,10 +1,12 @@
 """MTR: Mamba token reduction by the timescale (arXiv 2507.14042). Its code was never released: our reading."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from ..kernels import cpu, merging
 from ..names import lookup
 from ..reduction import (
     DELTA,
@@ -14,6 +16,7 @@ from ..reduction import (
     Method,
     Score,
     Signals,
+    Tokens,
     by_size,
     exact,
     merged,
@@ -142,6 +145,12 @@ def mtr(
         source, target = link(found.read(signals), importance, chosen, r)  # (B, r) each
         return order(combine(source, target, importance.shape[1]), -importance)
 
+    plain = feature == "hidden" and all(
+        choice is usual
+        for choice, usual in zip(
+            (score, groups, combine, weight, order, place), (DELTA, None, merged, by_size, restored, exact), strict=True
+        )
+    )
     return Method(
         "mtr",
         needs=tuple(dict.fromkeys((*score.needs, *found.needs))),
@@ -150,8 +159,23 @@ def mtr(
         place=place,
         cost=linking_cost(score, found, chosen),
         most=chosen.most,
+        at_once=_at_once if plain else None,
         source="arXiv 2507.14042",
     )
+
+
+def _at_once(tokens: Tokens, special: tuple[int, ...], captured: Mapping[str, Tensor], r: int) -> Tokens | None:
+    """The step of `mtr()` as one compiled kernel: at batch 1 its dozen small operations cost what calling them costs."""
+    x, size, origin, score = tokens.x, tokens.size, tokens.origin, captured.get("dt_mean")
+    if score is None or score.shape[1] > 2 or r < 1:
+        return None  # the blocks of others; more than two summands have no one order
+    if not cpu.direct(x, score, size, origin.keep, origin.dest):
+        return None
+    if not x.dtype == score.dtype == size.dtype == torch.float32:
+        return None
+    targets = next_in_rank(x.shape[1] - len(special), r)
+    rows, sizes, after = merging.ranked_step(x, score, size, (origin.keep, origin.dest), special, r, targets)
+    return Tokens(rows, sizes, Assignment(*after), tokens.grid)
 
 
 def link(feature: Tensor, importance: Tensor, groups: Groups, r: int) -> tuple[Tensor, Tensor]:

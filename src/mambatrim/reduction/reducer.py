@@ -45,6 +45,8 @@ class Method:
         not one, such as combining the stream and its last update differently. Other data, such as sizes, follow the
         plan.
     sequence: what convolution and scan make of the reduced sequence; as it stands, by default.
+    at_once: (tokens, special ids, signals of the full sequence by name, r) -> the tokens after the same step, made by
+        one kernel, or None where that cannot be.
     stages: depth -> blocks after which patches go where nobody says otherwise, 0-based, or STEM.
     source: paper, or where else it comes from.
     """
@@ -58,6 +60,7 @@ class Method:
     most: Callable[[int], int] = all_but_one
     merge: Callable[[Tensor, Assignment, Signals], Tensor] | None = None
     sequence: SequencePolicy = AS_IT_STANDS
+    at_once: Callable[[Tokens, tuple[int, ...], Mapping[str, Tensor], int], Tokens | None] | None = None
     stages: Callable[[int], tuple[int, ...]] = default_stages
     source: str = ""
 
@@ -146,6 +149,10 @@ class Reducer(nn.Module):
                 "reduce the model for this image size"
             )
         self._check(block, tokens.x.shape[1] - len(self.special))
+        if self.method.at_once is not None:
+            reduced = self.method.at_once(tokens, self.special, captured, removed)
+            if reduced is not None:
+                return reduced
         with _without_autocast(tokens.x):
             # the signals are freed before rows move, which saves as much memory as the stream takes
             step, weight, rows = self._plan(tokens, captured, removed)

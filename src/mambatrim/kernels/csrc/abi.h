@@ -138,3 +138,13 @@ struct MergeArgs {
     int64_t weight, size, x;                                // (B, L) fp32 twice, (B, L, D) fp32
     int64_t out_size, out_x, out_keep, out_dest;            // (B, K), (B, K, D), (B, K), (B, L0)
 };
+
+// A whole step: the r least important patches join the most similar of the `targets` next in rank. Behind the record
+// follow the places that the special tokens had in the stem.
+struct RankedArgs {
+    int64_t batch, first, length, columns, directions, special, r, targets, threads;  // L0, L, D, S
+    int64_t score;                                    // (B, S, L) fp32, contiguous; summed over S
+    int64_t size, x;                                  // (B, L), (B, L, D) fp32
+    int64_t origin_keep, origin_dest;                 // (B, L), (B, L0)
+    int64_t out_size, out_x, out_keep, out_dest;      // as of MergeArgs
+};

@@ -20,6 +20,7 @@
     extern "C" int links_##isa(const LinksArgs*);        \
     extern "C" int lift_##isa(const LiftArgs*);          \
     extern "C" int merge_##isa(const MergeArgs*); \
+    extern "C" int ranked_step_##isa(const RankedArgs*); \
     extern "C" int agglomerate_##isa(const ClusterArgs*);
 
 DECLARE(generic)
@@ -52,7 +53,7 @@ Level level = supported;
 // A change here without a change in kernels/cpu.py (or the other way round) must not load.
 extern "C" int64_t mambatrim_abi() {
     return 1000000 + (int64_t)(sizeof(ScanArgs) + sizeof(ConvArgs) + sizeof(NormArgs) + sizeof(ClusterArgs) + sizeof(ProductArgs) + sizeof(MixerArgs) +
-                                sizeof(RowsArgs) + sizeof(NearestArgs) + sizeof(LinksArgs) + sizeof(LiftArgs) + sizeof(MergeArgs));
+                                sizeof(RowsArgs) + sizeof(NearestArgs) + sizeof(LinksArgs) + sizeof(LiftArgs) + sizeof(MergeArgs) + sizeof(RankedArgs));
 }
 
 // 0 generic, 1 AVX2, 2 AVX-512, 3 with products in bf16. `wanted` < 0 asks only; more than the processor has is not taken. For tests and benchmarks.
@@ -101,4 +102,5 @@ DISPATCH(nearest, NearestArgs)
 DISPATCH(links, LinksArgs)
 DISPATCH(lift, LiftArgs)
 DISPATCH(merge, MergeArgs)
+DISPATCH(ranked_step, RankedArgs)
 DISPATCH(agglomerate, ClusterArgs)

@@ -69,3 +69,4 @@ EXPORT(nearest)(const NearestArgs* p) { return nearest(*p); }
 EXPORT(links)(const LinksArgs* p) { return links(*p); }
 EXPORT(lift)(const LiftArgs* p) { return lift(*p); }
 EXPORT(merge)(const MergeArgs* p) { return merge(*p); }
+EXPORT(ranked_step)(const RankedArgs* p) { return ranked_step(*p); }
