@@ -23,7 +23,9 @@ CONV, CONV_DIRECTION = "<17q", "<5q"
 NORM, PRODUCT = "<10qd", "<14q"
 MIXER, MIXER_DIRECTION = "<22q2d", "<8q"
 # of the step between two blocks
-ROWS, NEAREST, LINKS, LIFT, MERGE, RANKED = "<10q", "<13q", "<9q", "<12q", "<17q", "<18q"
+ROWS, NEAREST, LINKS, LIFT, MERGE = "<10q", "<13q", "<9q", "<12q", "<17q"
+# of whole steps
+RANKED, CLUSTERED = "<18q", "<16q3d"
 CLUSTER = "<11qd"
 
 
@@ -31,7 +33,7 @@ def _abi() -> int:
     scan = struct.calcsize(SCAN) + MAX_DIRECTIONS * struct.calcsize(SCAN_DIRECTION)
     conv = struct.calcsize(CONV) + MAX_DIRECTIONS * struct.calcsize(CONV_DIRECTION)
     mixer = struct.calcsize(MIXER) + MAX_DIRECTIONS * struct.calcsize(MIXER_DIRECTION)
-    others = (NORM, PRODUCT, CLUSTER, ROWS, NEAREST, LINKS, LIFT, MERGE, RANKED)
+    others = (NORM, PRODUCT, CLUSTER, ROWS, NEAREST, LINKS, LIFT, MERGE, RANKED, CLUSTERED)
     return 1000000 + scan + conv + mixer + sum(map(struct.calcsize, others))
 
 

@@ -10,7 +10,6 @@ alike must not depend on who makes it.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +18,8 @@ from torch import Tensor
 from . import cpu
 from .library import register
 
-_ROWS, _NEAREST, _LINKS, _LIFT, _MERGE, _RANKED = (
-    struct.Struct(record).pack for record in (cpu.ROWS, cpu.NEAREST, cpu.LINKS, cpu.LIFT, cpu.MERGE, cpu.RANKED)
+_ROWS, _NEAREST, _LINKS, _LIFT, _MERGE = (
+    struct.Struct(record).pack for record in (cpu.ROWS, cpu.NEAREST, cpu.LINKS, cpu.LIFT, cpu.MERGE)
 )
 
 
@@ -155,32 +154,4 @@ def merge(
             *(new_size.data_ptr(), new_x.data_ptr(), new_keep.data_ptr(), new_dest.data_ptr()),
         ),
     )
-    return new_x, new_size, (new_keep, new_dest)
-
-
-def ranked_step(
-    x: Tensor, score: Tensor, size: Tensor, origin: tuple[Tensor, Tensor], special: Sequence[int], r: int, targets: int
-) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """A whole step: the r patches of lowest score join, as means by size, the most similar of those next in rank.
-
-    Args:
-        x: (B, L, D) fp32. size: (B, L) fp32. origin: keep (B, L) and dest (B, L0) of all steps before.
-        score: (B, S, L) fp32, summed over S; of equals the first in the sequence goes first.
-        special: places in the stem of tokens that stay and that nothing joins.
-        targets: how many may be joined.
-
-    Returns:
-        As `merge`.
-    """
-    x, score, size = x.contiguous(), score.contiguous(), size.contiguous()
-    keep, dest = (part.contiguous() for part in origin)
-    batch, length, columns = x.shape
-    new_x, new_size = x.new_empty((batch, length - r, columns)), size.new_empty((batch, length - r))
-    new_keep, new_dest = keep.new_empty((batch, length - r)), torch.empty_like(dest)
-    record = _RANKED(
-        *(batch, dest.shape[1], length, columns, score.shape[1], len(special), r, targets, torch.get_num_threads()),
-        *(score.data_ptr(), size.data_ptr(), x.data_ptr(), keep.data_ptr(), dest.data_ptr()),
-        *(new_size.data_ptr(), new_x.data_ptr(), new_keep.data_ptr(), new_dest.data_ptr()),
-    )
-    cpu.call("ranked_step", record + struct.pack(f"<{len(special)}q", *special))
     return new_x, new_size, (new_keep, new_dest)

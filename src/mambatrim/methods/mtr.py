@@ -3,10 +3,9 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from ..kernels import cpu, merging
+from ..kernels import steps
 from ..names import lookup
 from ..reduction import (
     DELTA,
@@ -165,17 +164,12 @@ def mtr(
 
 
 def _at_once(tokens: Tokens, special: tuple[int, ...], captured: Mapping[str, Tensor], r: int) -> Tokens | None:
-    """The step of `mtr()` as one compiled kernel: at batch 1 its dozen small operations cost what calling them costs."""
-    x, size, origin, score = tokens.x, tokens.size, tokens.origin, captured.get("dt_mean")
-    if score is None or score.shape[1] > 2 or r < 1:
-        return None  # the blocks of others; more than two summands have no one order
-    if not cpu.direct(x, score, size, origin.keep, origin.dest):
+    """The step of `mtr()` as one compiled kernel."""
+    before, score = tokens.before(special), captured.get("dt_mean")
+    # blocks of others may have another stream; more than two summands have no one order
+    if captured.get("hidden") is not tokens.x or score is None or score.shape[1] > 2 or not steps.takes(before, score):
         return None
-    if not x.dtype == score.dtype == size.dtype == torch.float32:
-        return None
-    targets = next_in_rank(x.shape[1] - len(special), r)
-    rows, sizes, after = merging.ranked_step(x, score, size, (origin.keep, origin.dest), special, r, targets)
-    return Tokens(rows, sizes, Assignment(*after), tokens.grid)
+    return tokens.after(steps.ranked_step(before, score, r, next_in_rank(tokens.x.shape[1] - len(special), r)))
 
 
 def link(feature: Tensor, importance: Tensor, groups: Groups, r: int) -> tuple[Tensor, Tensor]:

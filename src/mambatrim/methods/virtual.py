@@ -1,14 +1,15 @@
 """Virtual-sequence merging: groups of like tokens, and a convolution and a scan that go on as if all were there."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .. import kernels
+from ..kernels import steps
 from ..names import lookup
-from ..reduction import FEATURES, RUNNING, STEPPED, Assignment, Method, SequencePolicy, Signals
+from ..reduction import FEATURES, RUNNING, STEPPED, Assignment, Method, SequencePolicy, Signals, Tokens
 
 
 def running(method: Method, sequence: SequencePolicy = RUNNING) -> Method:
@@ -71,7 +72,22 @@ def vsm(
     def cost(patches: int, r: int, d_model: int, d_inner: int) -> int:
         return grouping.macs(patches, r, found.width(d_model, d_inner)) + r * d_model
 
-    return Method("vsm", found.needs, plan, cost=cost, sequence=sequence, stages=early, source="mambatrim")
+    def at_once(tokens: Tokens, special: tuple[int, ...], captured: Mapping[str, Tensor], r: int) -> Tokens | None:
+        """The step as one compiled kernel."""
+        before = tokens.before(special)
+        if captured.get("hidden") is not tokens.x or not steps.takes(before):
+            return None
+        return tokens.after(steps.clustered_step(before, r, exponent, distance, rows, tokens.grid))
+
+    usual = feature == "hidden" and grouping is ONE_BY_ONE
+    return Method(
+        *("vsm", found.needs, plan),
+        cost=cost,
+        sequence=sequence,
+        at_once=at_once if usual else None,
+        stages=early,
+        source="mambatrim",
+    )
 
 
 def _coordinates(signals: Signals, distance: float, rows: float) -> Tensor:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels import cpu, merging
+from ..kernels import cpu, merging, steps
 from .assignment import Assignment, take_rows
 
 # names that a block can return, and the axis of the tokens in each: 1 in (B, L, .), 2 in (B, S, L, .)
@@ -69,6 +69,14 @@ class Tokens:
         return Tokens(
             assignment.merge(self.x, weight), assignment.sum(self.size), self.origin.then(assignment), self.grid
         )
+
+    def before(self, special: tuple[int, ...]) -> steps.Before:
+        """What a step as one kernel is made of."""
+        return steps.Before(self.x, self.size, self.origin.keep, self.origin.dest, special)
+
+    def after(self, step: steps.After) -> "Tokens":
+        """The tokens that it left."""
+        return Tokens(step.x, step.size, Assignment(step.keep, step.dest), self.grid)
 
     def where(self, ids: tuple[int, ...]) -> Tensor:
         """(B, n): positions now of the tokens that the stem put at `ids`."""

@@ -148,3 +148,13 @@ struct RankedArgs {
     int64_t origin_keep, origin_dest;                 // (B, L), (B, L0)
     int64_t out_size, out_x, out_keep, out_dest;      // as of MergeArgs
 };
+
+// A whole step: r pairs of patches are joined as by ClusterArgs. Behind the record follow the sides of the grid and the
+// places that the special tokens had in the stem.
+struct ClusteredArgs {
+    int64_t batch, first, length, columns, special, r, sides, threads;  // L0, L, D
+    int64_t size, x;                                  // (B, L), (B, L, D) fp32
+    int64_t origin_keep, origin_dest;                 // (B, L), (B, L0)
+    int64_t out_size, out_x, out_keep, out_dest;      // as of MergeArgs
+    double exponent, distance, apart;                 // what a step in the sequence, and along a side, costs; 0: none
+};

@@ -21,6 +21,7 @@
     extern "C" int lift_##isa(const LiftArgs*);          \
     extern "C" int merge_##isa(const MergeArgs*); \
     extern "C" int ranked_step_##isa(const RankedArgs*); \
+    extern "C" int clustered_step_##isa(const ClusteredArgs*); \
     extern "C" int agglomerate_##isa(const ClusterArgs*);
 
 DECLARE(generic)
@@ -53,7 +54,8 @@ Level level = supported;
 // A change here without a change in kernels/cpu.py (or the other way round) must not load.
 extern "C" int64_t mambatrim_abi() {
     return 1000000 + (int64_t)(sizeof(ScanArgs) + sizeof(ConvArgs) + sizeof(NormArgs) + sizeof(ClusterArgs) + sizeof(ProductArgs) + sizeof(MixerArgs) +
-                                sizeof(RowsArgs) + sizeof(NearestArgs) + sizeof(LinksArgs) + sizeof(LiftArgs) + sizeof(MergeArgs) + sizeof(RankedArgs));
+                                sizeof(RowsArgs) + sizeof(NearestArgs) + sizeof(LinksArgs) + sizeof(LiftArgs) + sizeof(MergeArgs) + sizeof(RankedArgs) +
+                                sizeof(ClusteredArgs));
 }
 
 // 0 generic, 1 AVX2, 2 AVX-512, 3 with products in bf16. `wanted` < 0 asks only; more than the processor has is not taken. For tests and benchmarks.
@@ -103,4 +105,5 @@ DISPATCH(links, LinksArgs)
 DISPATCH(lift, LiftArgs)
 DISPATCH(merge, MergeArgs)
 DISPATCH(ranked_step, RankedArgs)
+DISPATCH(clustered_step, ClusteredArgs)
 DISPATCH(agglomerate, ClusterArgs)

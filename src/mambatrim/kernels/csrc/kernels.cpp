@@ -6,6 +6,7 @@
 #include "norm.h"
 #include "product.h"
 #include "scan.h"
+#include "step.h"
 #include "virtual.h"
 
 #define JOIN2(a, b) a##_##b
@@ -70,3 +71,4 @@ EXPORT(links)(const LinksArgs* p) { return links(*p); }
 EXPORT(lift)(const LiftArgs* p) { return lift(*p); }
 EXPORT(merge)(const MergeArgs* p) { return merge(*p); }
 EXPORT(ranked_step)(const RankedArgs* p) { return ranked_step(*p); }
+EXPORT(clustered_step)(const ClusteredArgs* p) { return clustered_step(*p); }

@@ -3,7 +3,6 @@
 //
 // Return codes: 0 done, 1 no memory, 2 a position that is not there or is named twice.
 #pragma once
-#include <algorithm>
 #include "abi.h"
 #include "vec.h"
 
@@ -340,57 +339,6 @@ int merge(const MergeArgs& p) {
                     merge_columns(p, b, share + b * p.length, part * stripe, smaller(p.columns, (part + 1) * stripe));
     }
     return failed;
-}
-
-// ----------------------------------------------------------------------------------------------------- a whole step
-
-// The patches of one image by rank, the least important first, of equals the first; NaN comes last, as in torch.sort.
-// `order` holds the first n of them, as positions in the sequence. False where a special token is gone.
-INLINE bool ranked(const RankedArgs& p, int64_t b, int64_t n, char* marks, uint64_t* keys, int64_t* order) {
-    const int64_t* place = (const int64_t*)(&p + 1);
-    const int64_t* dest = (const int64_t*)p.origin_dest + b * p.first;
-    const float* score = (const float*)p.score + b * p.directions * p.length;
-    memset(marks, 0, (size_t)p.length);
-    for (int64_t i = 0; i < p.special; i++) {
-        if (outside(place[i], p.first) || outside(dest[place[i]], p.length)) return false;
-        marks[dest[place[i]]] = 1;
-    }
-    int64_t patches = 0;
-    for (int64_t t = 0; t < p.length; t++) {
-        if (marks[t]) continue;
-        float total = score[t];
-        for (int64_t s = 1; s < p.directions; s++) total += score[s * p.length + t];
-        total += 0.0f;  // no negative zero
-        uint32_t bits;
-        memcpy(&bits, &total, sizeof bits);
-        bits = total != total ? 0xffffffffu : bits & 0x80000000u ? ~bits : bits | 0x80000000u;  // ordered as unsigned
-        keys[patches++] = (uint64_t)bits << 32 | (uint64_t)t;
-    }
-    if (patches < n) return false;
-    if (n < patches) std::nth_element(keys, keys + n, keys + patches);
-    std::sort(keys, keys + n);
-    for (int64_t i = 0; i < n; i++) order[i] = (int64_t)(keys[i] & 0xffffffffu);
-    return true;
-}
-
-int ranked_step(const RankedArgs& p) {
-    const int64_t kept = p.length - p.r, n = p.r + p.targets;
-    Memory<char> marks(p.length);
-    Memory<uint64_t> keys(p.length);
-    Memory<int64_t> order(p.batch * n), best(p.batch * p.r), keep(p.batch * kept), dest(p.batch * p.length);
-    Memory<float> similarity(p.batch * p.r);
-    if (!marks || !keys || !order || !best || !keep || !dest || !similarity) return 1;
-    for (int64_t b = 0; b < p.batch; b++)
-        if (!ranked(p, b, n, marks, keys, order + b * n)) return 2;
-    const int64_t source = (int64_t)order.data, target = (int64_t)(order + p.r);
-    const int64_t nearest_of = (int64_t)best.data;
-    int failed = nearest({p.batch, p.length, p.columns, p.r, p.targets, p.threads, p.x, source, n, target, n, nearest_of,
-                          (int64_t)similarity.data});
-    if (failed) return failed;
-    failed = links({p.batch, p.length, p.r, source, n, nearest_of, p.r, (int64_t)keep.data, (int64_t)dest.data});
-    if (failed) return failed;
-    return merge({p.batch, p.first, p.length, kept, p.columns, p.threads, (int64_t)keep.data, (int64_t)dest.data,
-                  p.origin_keep, p.origin_dest, p.size, p.size, p.x, p.out_size, p.out_x, p.out_keep, p.out_dest});
 }
 
 }  // namespace
