@@ -171,7 +171,8 @@ int nearest(const NearestArgs& p) {
     const int64_t columns = p.columns, panels = (p.targets + PANEL - 1) / PANEL, size = columns * SIDE;
     const int64_t tasks = (p.sources + PER_TASK - 1) / PER_TASK;
     const int64_t worth = p.batch * p.sources * p.targets * columns / 4;
-    Scratch packed(p.batch * panels * size);
+    static thread_local Kept kept;
+    vf* packed = kept.take(p.batch * panels * size);
     if (!packed) return 1;
     int failed = 0;
 #pragma omp parallel num_threads((int)p.threads) if (p.threads > 1 && worth > WORTH_THREADS)
@@ -195,6 +196,7 @@ int nearest(const NearestArgs& p) {
                 }
             }
     }
+    kept.drop();
     return failed;
 }
 
