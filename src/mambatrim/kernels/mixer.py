@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from .projection import project
 from .scan import MAX_STATES, Direction, scan
 from .virtual import Virtual
 
-_HEAD, _DIRECTION = struct.Struct(cpu.MIXER).pack, struct.Struct(cpu.MIXER_DIRECTION).pack
+_RECORD = struct.Struct(cpu.MIXER).pack
 
 
 class MixerDirection(NamedTuple):
@@ -41,13 +41,16 @@ class MixerDirection(NamedTuple):
     D: Tensor  # (E)
 
 
+FIELDS = len(MixerDirection._fields)
+
+
 class Mixer(NamedTuple):
     """Parameters of a mixer and of the norm before it."""
 
     norm: Tensor | None  # (D); None where x comes normed
     in_proj: Tensor  # (2 E, D)
     out_proj: Tensor  # (D, E)
-    directions: Sequence[MixerDirection]  # S <= 4
+    lines: list[Tensor]  # of S <= 4 directions, each the fields of a MixerDirection
     reverse: Sequence[bool]  # of each: from the last token to the first
     eps: float  # of the norm
     scale: float  # factor on the sum of the directions
@@ -76,7 +79,7 @@ AS_IT_STANDS = Over()
 
 def compose(x: Tensor, mixer: Mixer, over: Over = AS_IT_STANDS) -> Steps:
     """The steps of a mixer on x (B, L, D), differentiable."""
-    lines = mixer.directions
+    lines = [MixerDirection(*mixer.lines[k : k + FIELDS]) for k in range(0, len(mixer.lines), FIELDS)]
     normed = x if mixer.norm is None else rms_norm(x, mixer.norm, mixer.eps, mixer.in_proj.dtype)
     projected = linear(normed, mixer.in_proj)
     hidden, z = projected.chunk(2, dim=-1)  # (B, L, E) each
@@ -105,9 +108,9 @@ def mix(x: Tensor, mixer: Mixer, over: Over = AS_IT_STANDS) -> tuple[Tensor, Ten
 
 
 def _tensors(x: Tensor, mixer: Mixer, over: Over) -> list[Tensor]:
-    found = [x, mixer.norm, mixer.in_proj, mixer.out_proj]
-    for line in mixer.directions:
-        found += line
+    found = [x, mixer.in_proj, mixer.out_proj, *mixer.lines]
+    if mixer.norm is not None:
+        found.append(mixer.norm)
     if over is not AS_IT_STANDS:
         found += [] if over.repeats is None else [over.repeats]
         for virtual in over[1:]:
@@ -126,54 +129,67 @@ def _compiling(tensors: Sequence[Tensor]) -> bool:
 
 def _takes(x: Tensor, mixer: Mixer, over: Over) -> bool:
     """Whether the compiled kernel takes these: fp32, or bf16 where it is the one to multiply that; all contiguous."""
-    kind, fp32 = mixer.in_proj.dtype, torch.float32
+    norm, in_proj, out_proj, lines, *_ = mixer
+    kind, fp32 = in_proj.dtype, torch.float32
     if kind is not fp32 and not (kind is torch.bfloat16 and cpu.multiplies_bf16() and x.shape[2] % 2 == 0):
         return False
-    first = mixer.directions[0]
-    if first.A_log.shape[1] > MAX_STATES or first.conv.shape[2] > MAX_TAPS or len(mixer.directions) > MAX_DIRECTIONS:
+    if len(lines) > FIELDS * MAX_DIRECTIONS or lines[0].shape[2] > MAX_TAPS or lines[5].shape[1] > MAX_STATES:
         return False
-    if torch.is_autocast_enabled("cpu"):
+    if norm is None or x.dtype is not fp32 or norm.dtype is not fp32 or out_proj.dtype is not kind:
         return False
-    if x.dtype is not fp32 or mixer.norm.dtype is not fp32 or mixer.out_proj.dtype is not kind:
+    if not (in_proj.is_contiguous() and out_proj.is_contiguous() and norm.is_contiguous()):
         return False
-    if not (mixer.in_proj.is_contiguous() and mixer.out_proj.is_contiguous() and mixer.norm.is_contiguous()):
-        return False
-    for line in mixer.directions:
-        for one, wanted in zip(line, (fp32, fp32, kind, kind, fp32, fp32, fp32), strict=True):
-            if one.dtype is not wanted or not one.is_contiguous():
-                return False
-    return True
+    kinds = (fp32, fp32, kind, kind, fp32, fp32, fp32)
+    for k, one in enumerate(lines):
+        if one.dtype is not kinds[k % FIELDS] or not one.is_contiguous():
+            return False
+    return not torch.is_autocast_enabled("cpu")
 
 
 def _compiled(x: Tensor, mixer: Mixer, over: Over) -> tuple[Tensor, Tensor]:
+    norm, in_proj, out_proj, lines, reverse, eps, scale = mixer
     batch, length, columns = x.shape
-    x, (repeats, convolved, scanned) = x.contiguous(), over
-    y = torch.empty_like(x)
-    dt_mean = x.new_empty(batch, len(mixer.directions), length)
-    share = None
+    directions, x = len(reverse), x.contiguous()
+    y, dt_mean = torch.empty_like(x), x.new_empty((batch, directions, length))
+    place = _NOWHERE
     if over is not AS_IT_STANDS:
-        repeats = None if repeats is None else repeats.to(torch.float32).contiguous()
-        for virtual in (convolved, scanned):
-            if virtual is not None:
-                virtual_sequence.check(virtual, batch, length)
-                share = virtual.share.to(torch.float32).contiguous()
-        convolved, scanned = (v and Virtual(v.source.contiguous(), v.share) for v in (convolved, scanned))
+        over = _ready(over, batch, length)
+        place = _place(over)
     if y.numel():
-        first = mixer.directions[0]
-        record = [
-            _HEAD(
-                *(batch, length, columns, *first.A_log.shape, first.dt_proj.shape[1]),
-                *(first.conv.shape[2], len(mixer.directions), mixer.in_proj.dtype is torch.bfloat16),
-                *(torch.get_num_threads(), x.data_ptr(), y.data_ptr()),
-                *(mixer.norm.data_ptr(), mixer.in_proj.data_ptr(), mixer.out_proj.data_ptr(), dt_mean.data_ptr()),
-                *(cpu.pointer(repeats), *_source(convolved), *_source(scanned), cpu.pointer(share)),
-                *(mixer.eps, mixer.scale),
-            )
-        ]
-        for line, reverse in zip(mixer.directions, mixer.reverse, strict=True):
-            record.append(_DIRECTION(*[one.data_ptr() for one in line], reverse))
-        cpu.call("mixer", cpu.padded(b"".join(record), cpu.MIXER, cpu.MIXER_DIRECTION))
+        record = _RECORD(
+            *(batch, length, columns, *lines[5].shape, lines[3].shape[1], lines[0].shape[2], directions),
+            *(in_proj.dtype is torch.bfloat16, torch.get_num_threads(), x.data_ptr(), y.data_ptr()),
+            *(0 if norm is None else norm.data_ptr(), in_proj.data_ptr(), out_proj.data_ptr(), dt_mean.data_ptr()),
+            *(*place, *reverse, *_SPARE[directions], eps, scale),
+            *([one.data_ptr() for one in lines] + [0] * (FIELDS * (MAX_DIRECTIONS - directions))),
+        )
+        cpu.call("mixer", record)
     return y, dt_mean
+
+
+# addresses of an `Over`; flags of the directions that are not there
+_NOWHERE = (0,) * 6
+_SPARE = [(0,) * (MAX_DIRECTIONS - directions) for directions in range(MAX_DIRECTIONS + 1)]
+
+
+def _ready(over: Over, batch: int, length: int) -> Over:
+    """The same as the kernel reads it: contiguous, fp32, one share."""
+    repeats, *virtual = over
+    for one in virtual:
+        if one is not None:
+            virtual_sequence.check(one, batch, length)
+    shares = [one.share for one in virtual if one is not None]
+    share = cast(shares[0], torch.float32).contiguous() if shares else None
+    convolved, scanned = (
+        None if one is None or share is None else Virtual(one.source.contiguous(), share) for one in virtual
+    )
+    return Over(None if repeats is None else cast(repeats, torch.float32).contiguous(), convolved, scanned)
+
+
+def _place(over: Over) -> tuple[int, ...]:
+    repeats, convolved, scanned = over
+    share = next((one.share for one in (convolved, scanned) if one is not None), None)
+    return (cpu.pointer(repeats), *_source(convolved), *_source(scanned), cpu.pointer(share))
 
 
 def _source(virtual: Virtual | None) -> tuple[int, int]:
@@ -182,46 +198,29 @@ def _source(virtual: Virtual | None) -> tuple[int, int]:
 
 # ------------------------------------------------------------------------------------------------------- the operator
 
-_FIELDS = len(MixerDirection._fields)
-
-
 def _flat(mixer: Mixer, over: Over) -> tuple[object, ...]:
     """The arguments of the operator behind x."""
-    lines = [one for line in mixer.directions for one in line]
     repeats, convolved, scanned = over
-    share = next((virtual.share for virtual in (convolved, scanned) if virtual is not None), None)
-    sources = (None if virtual is None else virtual.source for virtual in (convolved, scanned))
-    head = (mixer.norm, mixer.in_proj, mixer.out_proj, lines, list(mixer.reverse), mixer.eps, mixer.scale)
-    return (*head, repeats, *sources, share)
+    share = next((one.share for one in (convolved, scanned) if one is not None), None)
+    sources = (None if one is None else one.source for one in (convolved, scanned))
+    return (*mixer[:4], list(mixer.reverse), mixer.eps, mixer.scale, repeats, *sources, share)
 
 
-def _operator(
-    x: Tensor,
-    norm: Tensor,
-    in_proj: Tensor,
-    out_proj: Tensor,
-    lines: list[Tensor],
-    reverse: list[bool],
-    eps: float,
-    scale: float,
-    *over: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    directions = [MixerDirection(*lines[k : k + _FIELDS]) for k in range(0, len(lines), _FIELDS)]
-    mixer = Mixer(norm, in_proj, out_proj, directions, reverse, eps, scale)
-    repeats, convolved, scanned, share = over
-    sources = (None if source is None or share is None else Virtual(source, share) for source in (convolved, scanned))
-    run = Over(repeats, *sources)
-    if x.is_cpu and cpu.handles(x) and _takes(x, mixer, run):
-        return _compiled(x, mixer, run)
-    steps = compose(x, mixer, run)
+def _operator(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    *parameters, repeats, convolved, scanned, share = arguments
+    mixer, over = Mixer(*parameters), AS_IT_STANDS
+    if repeats is not None or share is not None:
+        virtual = (None if source is None else Virtual(source, share) for source in (convolved, scanned))
+        over = Over(repeats, *virtual)
+    if x.is_cpu and cpu.handles(x) and _takes(x, mixer, over):
+        return _compiled(x, mixer, over)
+    steps = compose(x, mixer, over)
     return x + steps.update, cast(steps.dt_mean, x.dtype)
 
 
-def _fake(
-    x: Tensor, norm: Tensor, in_proj: Tensor, out_proj: Tensor, lines: list[Tensor], *_: object
-) -> tuple[Tensor, Tensor]:
+def _fake(x: Tensor, norm: Tensor, in_proj: Tensor, out_proj: Tensor, lines: list[Tensor], *_: Any) -> Any:
     batch, length, _columns = x.shape
-    return torch.empty_like(x), x.new_empty(batch, len(lines) // _FIELDS, length)
+    return torch.empty_like(x), x.new_empty(batch, len(lines) // FIELDS, length)
 
 
 register(

@@ -103,17 +103,15 @@ class BiMambaMixer(nn.Module):
         return x, captured
 
     def _parameters_with(self, norm: RMSNorm | None) -> kernels.Mixer:
-        parts = self._modules  # attributes of a module go a long way round, and a block asks for thirty
-        directions = [
-            kernels.MixerDirection(
-                *(_held(parts[conv], "weight"), _given(_held(parts[conv], "bias")), _held(parts[x_proj], "weight")),
-                *(_held(parts[dt_proj], "weight"), _held(parts[dt_proj], "bias"), _held(self, A_log), _held(self, D)),
-            )
-            for conv, x_proj, dt_proj, A_log, D in _DIRECTIONS
-        ]
-        weights = (_held(parts["in_proj"], "weight"), _held(parts["out_proj"], "weight"))
-        scale = None if norm is None else _held(norm, "weight")
-        return kernels.Mixer(scale, *weights, directions, (False, True), EPS, self.scale)
+        get: Callable[[Any, str], Any] = getattr if torch.compiler.is_compiling() else _held
+        lines: list[Tensor] = []
+        for names in _DIRECTIONS:
+            conv, x_proj, dt_proj, A_log, D = (get(self, name) for name in names)
+            bias, steps = _given(get(conv, "bias")), (get(dt_proj, "weight"), get(dt_proj, "bias"))
+            lines += kernels.MixerDirection(get(conv, "weight"), bias, get(x_proj, "weight"), *steps, A_log, D)
+        weights = (get(get(self, name), "weight") for name in ("in_proj", "out_proj"))
+        scale = None if norm is None else get(norm, "weight")
+        return kernels.Mixer(scale, *weights, lines, (False, True), EPS, self.scale)
 
     def cost(self, length: int, convolved: int | None = None, scanned: int | None = None) -> Cost:
         """MACs for one image of `length` tokens, the scan as 9 E N L as in the literature.
@@ -141,9 +139,10 @@ def _over(layout: Layout | None) -> kernels.Over:
     return kernels.Over(layout.repeats, convolved, scanned)
 
 
-def _held(module: Any, name: str) -> Tensor:
-    """The attribute `name`, without the way round where it is a parameter."""
+def _held(module: nn.Module, name: str) -> Any:
+    """getattr(module, name), without the long way round that attributes of modules go: a block asks for thirty."""
     found = module._parameters.get(name)
+    found = module._modules.get(name) if found is None else found
     return getattr(module, name) if found is None else found
 
 
@@ -216,7 +215,17 @@ class PatchEmbed(nn.Module):
         return tuple((n - one) // step + 1 for n, one, step in zip(sides, self.patch, self.stride, strict=True))
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.proj(images.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
+        weight, images = self.proj.weight, images.to(self.proj.weight.dtype)
+        if self.stride != self.patch:
+            return self.proj(images).flatten(2).transpose(1, 2)
+        # patches side by side: one matrix product, whose rows are the tokens
+        sides, axes = self.grid(*images.shape[2:]), range(len(self.patch))
+        for axis in axes:
+            images = images.narrow(axis + 2, 0, sides[axis] * self.patch[axis])
+        images = images.reshape(*images.shape[:2], *(n for pair in zip(sides, self.patch, strict=True) for n in pair))
+        order = (0, *(2 + 2 * axis for axis in axes), 1, *(3 + 2 * axis for axis in axes))
+        rows = images.permute(order).flatten(len(axes) + 1).flatten(1, len(axes))  # (B, M, C patch)
+        return kernels.linear(rows, weight.flatten(1)) + self.proj.bias
 
 
 def resize_positions(table: Tensor, old: tuple[int, ...], new: tuple[int, ...]) -> Tensor:

@@ -76,7 +76,7 @@ struct ProductArgs {
 struct MixerDirection {
     int64_t conv_weight, conv_bias;       // (E, K) fp32; (E) fp32 or null
     int64_t x_weight, dt_weight;          // (R + 2 N, E), (E, R) T
-    int64_t dt_bias, a_log, d, reverse;   // (E) fp32 or null, (E, N) fp32, (E) fp32 or null
+    int64_t dt_bias, a_log, d;            // (E) fp32 or null, (E, N) fp32, (E) fp32 or null
 };
 
 struct MixerArgs {
@@ -88,6 +88,7 @@ struct MixerArgs {
     int64_t repeats;                           // (B, L) fp32 or null
     int64_t conv_steps, conv_source;           // of virtual sequences: T, (B, T) int64, or null
     int64_t scan_steps, scan_source, share;    // and (B, L) fp32
+    int64_t reverse[4];                        // of each direction
     double eps, scale;
     MixerDirection direction[4];
 };

@@ -78,7 +78,7 @@ struct Mixer {
         for (int64_t s = 0; s < p.directions; s++) {
             const MixerDirection& from = p.direction[s];
             conv.direction[s].weight = from.conv_weight, conv.direction[s].bias = from.conv_bias;
-            conv.direction[s].reverse = scan.direction[s].reverse = from.reverse;
+            conv.direction[s].reverse = scan.direction[s].reverse = p.reverse[s];
             narrow.weight[s] = from.x_weight;
             ScanDirection& to = scan.direction[s];
             to.a = from.a_log, to.d = from.d, to.bias = from.dt_bias;
