@@ -128,21 +128,29 @@ def _compiling(tensors: Sequence[Tensor]) -> bool:
 
 
 def _takes(x: Tensor, mixer: Mixer, over: Over) -> bool:
-    """Whether the compiled kernel takes these: fp32, or bf16 where it is the one to multiply that; all contiguous."""
+    """Whether the compiled kernel takes these: fp32, or bf16 where it is the one to multiply that; contiguous, and of
+    shapes that fit. The composition says what does not fit."""
     norm, in_proj, out_proj, lines, *_ = mixer
     kind, fp32 = in_proj.dtype, torch.float32
     if kind is not fp32 and not (kind is torch.bfloat16 and cpu.multiplies_bf16() and x.shape[2] % 2 == 0):
         return False
-    if len(lines) > FIELDS * MAX_DIRECTIONS or lines[0].shape[2] > MAX_TAPS or lines[5].shape[1] > MAX_STATES:
+    columns, (channels, states), rank, taps = x.shape[-1], lines[5].shape, lines[3].shape[1], lines[0].shape[2]
+    if len(lines) > FIELDS * MAX_DIRECTIONS or taps > MAX_TAPS or states > MAX_STATES or x.dim() != 3 or norm is None:
         return False
-    if norm is None or x.dtype is not fp32 or norm.dtype is not fp32 or out_proj.dtype is not kind:
+    if x.dtype is not fp32 or norm.dtype is not fp32 or out_proj.dtype is not kind or norm.shape != (columns,):
+        return False
+    if in_proj.shape != (2 * channels, columns) or out_proj.shape != (columns, channels):
         return False
     if not (in_proj.is_contiguous() and out_proj.is_contiguous() and norm.is_contiguous()):
         return False
+    wide, row = (channels, states), (channels,)
     kinds = (fp32, fp32, kind, kind, fp32, fp32, fp32)
+    shapes = ((channels, 1, taps), row, (rank + 2 * states, channels), (channels, rank), row, wide, row)
     for k, one in enumerate(lines):
-        if one.dtype is not kinds[k % FIELDS] or not one.is_contiguous():
+        if one.dtype is not kinds[k % FIELDS] or one.shape != shapes[k % FIELDS] or not one.is_contiguous():
             return False
+    if over.repeats is not None and over.repeats.shape != x.shape[:2]:
+        return False
     return not torch.is_autocast_enabled("cpu")
 
 
@@ -151,7 +159,7 @@ def _compiled(x: Tensor, mixer: Mixer, over: Over) -> tuple[Tensor, Tensor]:
     batch, length, columns = x.shape
     directions, x = len(reverse), x.contiguous()
     y, dt_mean = torch.empty_like(x), x.new_empty((batch, directions, length))
-    place = _NOWHERE
+    place: tuple[int, ...] = _NOWHERE
     if over is not AS_IT_STANDS:
         over = _ready(over, batch, length)
         place = _place(over)
@@ -197,6 +205,7 @@ def _source(virtual: Virtual | None) -> tuple[int, int]:
 
 
 # ------------------------------------------------------------------------------------------------------- the operator
+
 
 def _flat(mixer: Mixer, over: Over) -> tuple[object, ...]:
     """The arguments of the operator behind x."""

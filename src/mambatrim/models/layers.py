@@ -109,9 +109,9 @@ class BiMambaMixer(nn.Module):
             conv, x_proj, dt_proj, A_log, D = (get(self, name) for name in names)
             bias, steps = _given(get(conv, "bias")), (get(dt_proj, "weight"), get(dt_proj, "bias"))
             lines += kernels.MixerDirection(get(conv, "weight"), bias, get(x_proj, "weight"), *steps, A_log, D)
-        weights = (get(get(self, name), "weight") for name in ("in_proj", "out_proj"))
+        in_proj, out_proj = (get(get(self, name), "weight") for name in ("in_proj", "out_proj"))
         scale = None if norm is None else get(norm, "weight")
-        return kernels.Mixer(scale, *weights, lines, (False, True), EPS, self.scale)
+        return kernels.Mixer(scale, in_proj, out_proj, lines, (False, True), EPS, self.scale)
 
     def cost(self, length: int, convolved: int | None = None, scanned: int | None = None) -> Cost:
         """MACs for one image of `length` tokens, the scan as 9 E N L as in the literature.
@@ -141,14 +141,16 @@ def _over(layout: Layout | None) -> kernels.Over:
 
 def _held(module: nn.Module, name: str) -> Any:
     """getattr(module, name), without the long way round that attributes of modules go: a block asks for thirty."""
-    found = module._parameters.get(name)
-    found = module._modules.get(name) if found is None else found
-    return getattr(module, name) if found is None else found
+    for held in (module._parameters, module._modules):
+        found: Any = held.get(name)
+        if found is not None:
+            return found
+    return getattr(module, name)
 
 
 def _given(bias: Tensor | None) -> Tensor:
     if bias is None:
-        raise ValueError("the convolutions of these models have a bias")
+        raise ValueError("the convolutions and patch embeddings of these models have a bias")
     return bias
 
 
@@ -225,7 +227,7 @@ class PatchEmbed(nn.Module):
         images = images.reshape(*images.shape[:2], *(n for pair in zip(sides, self.patch, strict=True) for n in pair))
         order = (0, *(2 + 2 * axis for axis in axes), 1, *(3 + 2 * axis for axis in axes))
         rows = images.permute(order).flatten(len(axes) + 1).flatten(1, len(axes))  # (B, M, C patch)
-        return kernels.linear(rows, weight.flatten(1)) + self.proj.bias
+        return kernels.linear(rows, weight.flatten(1)) + _given(self.proj.bias)
 
 
 def resize_positions(table: Tensor, old: tuple[int, ...], new: tuple[int, ...]) -> Tensor:
