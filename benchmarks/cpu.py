@@ -3,13 +3,13 @@
     python benchmarks/cpu.py [SECTION ...] [--seconds 6] [--threads 2] [--json FILE]
 
 scan       one direction, forward: the kernel against other ways to run it; its backward pass against its forward.
-bound      a model's forward pass against its lower bound: its matrix products alone, by the faster library that PyTorch
-           ships, and the scan's arithmetic at the rate that the kernel reaches with its inputs in the cache.
+bound      a forward pass against its lower bound: its matrix products alone, by the fastest of two libraries that
+           PyTorch ships and our kernel, and the scan's arithmetic at the rate that its kernel reaches in the cache.
 speedup    the model with fewer tokens: measured speed-up as a share of the ideal 1 / (1 - reduction).
 deit       the model with 40 % fewer FLOPs against a plain vision transformer of its size with fused attention.
 step       one reduction (score, sort, match, merge, reorder) as a share of the block before it.
 memory     what a forward adds at its peak, against what its largest operator, the scan, reads and writes.
-projection the kernel of x_proj, both directions, against two products of the library; no targets.
+product    the kernel of matrix products against the libraries, every weight as it lies in a model; no targets.
 cluster    the grouping of vsm, one pair after the other and in rounds; no targets.
 compile    the model under torch.compile(fullgraph=True) against the model as it is.
 
@@ -123,8 +123,16 @@ def scan_limit(states: int, rank: int) -> float:
     return min(times[name].fastest / work[name] for name in times)
 
 
+def by_kernel(x: Tensor, weight: Tensor) -> Tensor:
+    """A product by the kernel that the mixer uses."""
+    return kernels.project(x[None, None], [weight])[0]
+
+
+PRODUCTS: dict[str, Any] = {"F.linear": F.linear, "kernels.linear": kernels.linear, "kernel": by_kernel}
+
+
 def products(model: Any, batch: int, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
-    """The matrix products of a forward pass alone, by each library."""
+    """The matrix products of a forward pass alone, by each library and by the kernel."""
     length, mixers = model.num_patches() + 1, [layer.mixer for layer in model.blocks()]
     tokens = torch.randn(batch * length, model.d_model, dtype=dtype)
     inner = torch.randn(batch * length, model.d_inner, dtype=dtype)
@@ -138,7 +146,7 @@ def products(model: Any, batch: int, dtype: torch.dtype) -> dict[str, Callable[[
             linear(inner, mixer.x_proj_b.weight)
             linear(inner, mixer.out_proj.weight)
 
-    return {"F.linear": partial(run, F.linear), "kernels.linear": partial(run, kernels.linear)}
+    return {name: partial(run, linear) for name, linear in PRODUCTS.items()}
 
 
 def bound(page: Page) -> None:
@@ -154,14 +162,12 @@ def bound(page: Page) -> None:
                     images = torch.randn(batch, 3, *model.spec.preprocess.size)
                     runs = {"dense": partial(model, images), **products(model, batch, DTYPES[dtype])}
                     ms = page.times(runs)
-                    best = min(ms["F.linear"], ms["kernels.linear"])
+                    best = min(ms[library] for library in PRODUCTS)
                     work = 2 * model.depth * batch * (model.num_patches() + 1) * model.d_inner
                     arithmetic = scan_limit(mixer.d_state, mixer.dt_rank) * work
                     target = limit + (0.1 if batch == 1 else 0)
                     found = ratio(ms["dense"] / (best + arithmetic), target)
-                    cells = [
-                        f"{value:.1f}" for value in (ms["dense"], ms["F.linear"], ms["kernels.linear"], arithmetic)
-                    ]
+                    cells = [f"{value:.1f}" for value in (*ms.values(), arithmetic)]
                     yield name, dtype, batch, *cells, found, f"{target:.2f}"
 
     header = (
@@ -169,8 +175,7 @@ def bound(page: Page) -> None:
         "dtype",
         "batch",
         "forward, ms",
-        "F.linear",
-        "kernels.linear",
+        *PRODUCTS,
         "scan limit",
         "forward/bound",
         "at most",
@@ -277,24 +282,26 @@ def memory(page: Page) -> None:
     page.table("memory of a forward pass beyond weights and images, fp32", header, rows())
 
 
-# ----------------------------------------------------------------------------------------------------------- projection
+# ------------------------------------------------------------------------------------------------------------- product
 
 
-def projection(page: Page) -> None:
+def product(page: Page) -> None:
+    def run(linear: Any, x: Tensor, weights: Sequence[Tensor]) -> None:
+        for weight in weights:
+            linear(x, weight)
+
     def rows() -> Any:
-        for inputs, outputs in ((384, 44), (768, 56), (1536, 80)):  # of Vim Tiny, Small and Base
-            for count in (64, 197, kernels.MOST_ROWS):
-                x, weights = torch.randn(2, 1, count, inputs), [torch.randn(outputs, inputs) for _ in range(2)]
-                runs = {
-                    "kernel": partial(kernels.project, x, weights),
-                    "library": lambda x=x, weights=weights: [kernels.linear(x[s], weights[s]) for s in range(2)],
-                }
-                ms = page.times(runs)
-                cells = (f"{1000 * ms[name]:.0f}" for name in ("kernel", "library"))
-                yield f"{count} x {inputs} -> {outputs}", *cells, f"{ms['kernel'] / ms['library']:.2f}"
+        # in_proj, out_proj and x_proj of Vim Tiny, Small and Base
+        for inputs, outputs in ((192, 768), (384, 192), (384, 44), (384, 1536), (768, 384), (768, 56), (1536, 80)):
+            for count in (64, 197, 1576):
+                x, weights = torch.randn(count, inputs), [torch.randn(outputs, inputs) for _ in range(24)]
+                ms = page.times({name: partial(run, linear, x, weights) for name, linear in PRODUCTS.items()})
+                cells = (f"{1000 * ms[name] / len(weights):.0f}" for name in PRODUCTS)
+                best = min(ms[name] for name in PRODUCTS if name != "kernel")
+                yield f"{count} x {inputs} -> {outputs}", *cells, f"{ms['kernel'] / best:.2f}"
 
-    header = ("rows x inputs -> outputs", "kernel, us", "library, us", "kernel/library")
-    page.table("x_proj of both directions, fp32", header, rows())
+    header = ("rows x inputs -> outputs", *(f"{name}, us" for name in PRODUCTS), "kernel/best library")
+    page.table("matrix products, 24 weights in turn, fp32", header, rows())
 
 
 # -------------------------------------------------------------------------------------------------------------- cluster
@@ -348,7 +355,7 @@ SECTIONS = {
     "speedup": speedup,
     "deit": deit,
     "step": step,
-    "projection": projection,
+    "product": product,
     "cluster": cluster,
     "compile": compile_,
 }

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 import mambatrim
 from mambatrim import kernels
@@ -231,6 +232,20 @@ def test_opcheck():
     parameters, x, virtual = make(), stream(), positions(2, 19, 30)
     for over in (kernels.AS_IT_STANDS, Over(torch.ones(2, 19)), Over(None, virtual, virtual)):
         torch.library.opcheck(torch.ops.mambatrim.mixer, (x, *mixer._flat(parameters, over)))
+
+
+def test_the_operator_counts_what_it_stands_for():
+    parameters, x, virtual = make(), stream(), positions(2, 19, 30)
+    for over in (kernels.AS_IT_STANDS, Over(torch.ones(2, 19), virtual), Over(None, virtual, virtual)):
+        counts = []
+        for run in (
+            lambda over=over: torch.ops.mambatrim.mixer(x, *mixer._flat(parameters, over)),
+            lambda over=over: kernels.compose(x, parameters, over),
+        ):
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                run()
+            counts.append(counter.get_total_flops())
+        assert counts[0] == counts[1] > 0
 
 
 @NEEDS_KERNELS

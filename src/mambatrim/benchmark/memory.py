@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -21,7 +22,8 @@ def forward_memory(function: Callable[[], object]) -> int | None:
     that was reserved and never touched does not. glibc is asked (from now on, until `timing` asks otherwise) to give
     large temporaries back when they are freed, for otherwise holes between them count. On a GPU it is what PyTorch's
     allocator handed out.
-    One call before it is not measured: it loads code, and lets libraries make what they keep.
+    One call before it is not measured: it loads code, and lets libraries make what they keep. The measured one runs in
+    a thread of its own, so that what our kernels keep for a thread counts as well.
     """
     _give_back()
     function()
@@ -36,10 +38,23 @@ def forward_memory(function: Callable[[], object]) -> int | None:
         _give_back()
         _RESET.write_text("5")  # 5: the peak, see proc(5)
         before = _resident("VmRSS")
-        function()
+        _in_a_new_thread(function)
         return max(0, _resident("VmHWM") - before)
     except (OSError, ValueError):
         return None
+
+
+def _in_a_new_thread(function: Callable[[], object]) -> None:
+    """Call it with the settings of this thread, which are not those of all."""
+    threads, grad, inference = torch.get_num_threads(), torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+
+    def run() -> None:
+        torch.set_num_threads(threads)
+        with torch.inference_mode(inference), torch.set_grad_enabled(grad):
+            function()
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(run).result()
 
 
 def _resident(field: str) -> int:

@@ -6,11 +6,14 @@ oneDNN reaches (benchmarks/cpu.py prints both). So oneDNN is called where PyTorc
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch.utils.flop_counter import register_flop_formula
 
 from .library import register
 
@@ -40,8 +43,8 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     if plain:
         return F.linear(x, weight)
     differentiated = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    # compilers take PyTorch's private operator only with weights that they packed themselves
-    if differentiated or torch.compiler.is_compiling():
+    # PyTorch's private operator has no FLOPs, and compilers take it only with weights that they packed themselves
+    if differentiated or torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return torch.ops.mambatrim.linear(x, weight)
     return _onednn(x, weight)
 
@@ -69,3 +72,8 @@ def _grad(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
 
 
 register("linear", "(Tensor x, Tensor weight) -> Tensor", *(_cpu, F.linear, _fake, _setup, _grad))
+
+
+@register_flop_formula(torch.ops.mambatrim.linear)
+def _flops(x: Any, weight: Any, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(x) * weight[0]

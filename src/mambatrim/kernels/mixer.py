@@ -9,12 +9,14 @@ in the cache when the next one reads it.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from . import cpu
 from . import virtual as virtual_sequence
@@ -24,6 +26,7 @@ from .linear import linear
 from .norm import rms_norm
 from .projection import project
 from .scan import MAX_STATES, Direction, scan
+from .scan_operator import scan_macs
 from .virtual import Virtual
 
 _RECORD = struct.Struct(cpu.MIXER).pack
@@ -238,3 +241,17 @@ register(
     "Tensor? repeats, Tensor? convolved, Tensor? scanned, Tensor? share) -> (Tensor y, Tensor dt_mean)",
     *(_operator, _operator, _fake),
 )
+
+
+@register_flop_formula(torch.ops.mambatrim.mixer)
+def _flops(x: Any, norm: Any, in_proj: Any, out_proj: Any, lines: Any, *rest: Any, **_: Any) -> int:
+    """Two for a multiply-add, as the counter of torch has it: those of the operators that it stands for."""
+    batch, length, _columns = x
+    convolved, scanned, _share = rest[-3:]
+    directions, rank = len(lines) // FIELDS, lines[3][1]
+    (channels, states), taps = lines[5], lines[0][2]
+    macs = length * (math.prod(in_proj) + math.prod(out_proj) + directions * math.prod(lines[2]))
+    conv = length * channels * taps if convolved is None else virtual_sequence.conv_macs(convolved[1], channels, taps)
+    positions = None if scanned is None else scanned[1]
+    macs += directions * (conv + scan_macs(length, channels, states, rank, positions))
+    return 2 * batch * macs
