@@ -86,7 +86,7 @@ def test_it_is_the_composition(one_kernel, shape):
     batch, length, columns, *rest = shape
     parameters, x = make(columns, *rest), stream(batch, length, columns)
     with torch.no_grad():
-        y, dt_mean = kernels.mix(x, parameters)
+        y, dt_mean = kernels.mix(x, [parameters])
     for found, wanted in zip((y, dt_mean), exact(x, parameters), strict=True):
         close(found, wanted, 1e-5)
 
@@ -100,7 +100,7 @@ def test_over_a_reduced_sequence(one_kernel, repeated, convolved, scanned):
     repeats = torch.rand(3, 17, generator=torch.Generator().manual_seed(3)) * 3 if repeated else None
     over = Over(repeats, virtual if convolved else None, virtual if scanned else None)
     with torch.no_grad():
-        y, dt_mean = kernels.mix(x, parameters, over)
+        y, dt_mean = kernels.mix(x, [parameters], over)
     for found, wanted in zip((y, dt_mean), exact(x, parameters, over), strict=True):
         close(found, wanted, 1e-5)
 
@@ -112,7 +112,7 @@ def test_in_bf16_it_is_as_near_as_the_composition(one_kernel, virtual):
     wanted, _ = exact(x, parameters, over)
     composed = x + kernels.compose(x, parameters, over).update
     with torch.no_grad():
-        y, dt_mean = kernels.mix(x, parameters, over)
+        y, dt_mean = kernels.mix(x, [parameters], over)
     assert y.dtype == dt_mean.dtype == torch.float32
     error, usual = ((each - wanted).square().mean().sqrt() for each in (y, composed))
     assert 0 < error <= 1.2 * usual
@@ -121,18 +121,18 @@ def test_in_bf16_it_is_as_near_as_the_composition(one_kernel, virtual):
 def test_an_image_does_not_depend_on_its_batch(one_kernel):
     parameters, x = make(20, 200), stream(9, 300, 20)
     with torch.no_grad():
-        y, dt_mean = kernels.mix(x, parameters)
+        y, dt_mean = kernels.mix(x, [parameters])
         for b in range(9):
-            alone = kernels.mix(x[b : b + 1], parameters)
+            alone = kernels.mix(x[b : b + 1], [parameters])
             assert torch.equal(alone[0], y[b : b + 1]) and torch.equal(alone[1], dt_mean[b : b + 1])
 
 
 def test_what_is_no_number_stays_in_its_image(one_kernel):
     parameters, x = make(), stream(3)
     with torch.no_grad():
-        clean, _ = kernels.mix(x, parameters)
+        clean, _ = kernels.mix(x, [parameters])
         x[1, 7, 3] = float("nan")
-        y, _ = kernels.mix(x, parameters)
+        y, _ = kernels.mix(x, [parameters])
     assert y[1].isnan().any()
     assert torch.equal(y[[0, 2]], clean[[0, 2]])
 
@@ -140,15 +140,15 @@ def test_what_is_no_number_stays_in_its_image(one_kernel):
 @pytest.mark.parametrize("shape", [(0, 5, 24), (2, 0, 24)])
 def test_nothing_gives_nothing(one_kernel, shape):
     with torch.no_grad():
-        y, dt_mean = kernels.mix(torch.ones(shape), make())
+        y, dt_mean = kernels.mix(torch.ones(shape), [make()])
     assert y.shape == shape and dt_mean.shape == (shape[0], 2, shape[1])
 
 
 def test_memory_that_is_no_memory_is_an_error(monkeypatch):
     monkeypatch.setattr(cpu, "call", lambda name, record: (_ for _ in ()).throw(MemoryError(name)))
     if cpu.compiled():
-        with pytest.raises(MemoryError, match="mixer"), torch.no_grad():
-            kernels.mix(stream(), make())
+        with pytest.raises(MemoryError, match="mixers"), torch.no_grad():
+            kernels.mix(stream(), [make()])
 
 
 # ---------------------------------------------------------------------------------------- what goes to the composition
@@ -156,7 +156,7 @@ def test_memory_that_is_no_memory_is_an_error(monkeypatch):
 
 def test_gradients_flow_through_the_composition():
     parameters, x = make(), stream().requires_grad_()
-    y, _ = kernels.mix(x, parameters)
+    y, _ = kernels.mix(x, [parameters])
     (found,) = torch.autograd.grad(y.square().sum(), x)
     wide = x.detach().double().requires_grad_()
     (wanted,) = torch.autograd.grad(exact(wide, parameters)[0].square().sum(), wide)
@@ -172,7 +172,7 @@ def test_parameters_that_lie_otherwise_give_the_same(index):
     lines[index] = spread
     with torch.no_grad():
         for found, wanted in zip(
-            kernels.mix(x, parameters._replace(lines=lines)), kernels.mix(x, parameters), strict=True
+            kernels.mix(x, [parameters._replace(lines=lines)]), kernels.mix(x, [parameters]), strict=True
         ):
             torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
@@ -186,16 +186,16 @@ def test_other_dtypes(dtype):
     )
     with torch.no_grad():
         torch.testing.assert_close(
-            kernels.mix(x, other)[0].float(), kernels.mix(x, parameters)[0], rtol=2e-2, atol=2e-2
+            kernels.mix(x, [other])[0].float(), kernels.mix(x, [parameters])[0], rtol=2e-2, atol=2e-2
         )
 
 
 def test_autocast_multiplies_in_bf16():
     parameters, x = make(), stream()
     with torch.no_grad():
-        plain, _ = kernels.mix(x, parameters)
+        plain, _ = kernels.mix(x, [parameters])
         with torch.autocast("cpu", torch.bfloat16):
-            cast, _ = kernels.mix(x, parameters)
+            cast, _ = kernels.mix(x, [parameters])
     assert not torch.equal(plain, cast)
     torch.testing.assert_close(cast, plain, rtol=0.05, atol=0.05)
 
@@ -212,7 +212,7 @@ def test_autocast_multiplies_in_bf16():
 )
 def test_shapes_that_do_not_fit_are_refused(change, error):
     with torch.no_grad(), pytest.raises(error):
-        kernels.mix(stream(), make()._replace(**change))
+        kernels.mix(stream(), [make()._replace(**change)])
 
 
 def test_a_sequence_that_does_not_fit_is_refused():
@@ -222,16 +222,50 @@ def test_a_sequence_that_does_not_fit_is_refused():
         Over(None, None, Virtual(torch.zeros(2, 30), torch.ones(2, 19))),
     ):
         with torch.no_grad(), pytest.raises(ValueError, match=r"repeats|share|source"):
-            kernels.mix(stream(), make(), over)
+            kernels.mix(stream(), [make()], over)
 
 
 # -------------------------------------------------------------------------------------------- the operator, the model
 
 
+PAIR = [make(), make(channels=48, states=8, rank=5, taps=3, seed=5)]
+
+
+def test_one_after_another(one_kernel):
+    x = stream()
+    for count in (1, 2, 3, 4):
+        run = [PAIR[i % 2] for i in range(count)]
+        with torch.no_grad():
+            y, dt_mean = kernels.mix(x, run)
+            alone = x
+            for one in run:
+                alone, mean = kernels.mix(alone, [one])
+        assert torch.equal(y, alone) and torch.equal(dt_mean, mean)
+
+
+def test_blocks_that_are_watched_or_changed_are_called():
+    model = mambatrim.create_model("vim_cifar10")
+    images, seen = torch.randn(1, 3, 32, 32), []
+    with torch.no_grad():
+        wanted = model(images)
+        hooks = [
+            model.layers[3].register_forward_hook(lambda *_: seen.append("block")),
+            model.layers[5].mixer.register_forward_pre_hook(lambda *_: seen.append("mixer")),
+        ]
+        torch.testing.assert_close(model(images), wanted)
+        assert seen == ["block", "mixer"]
+        for hook in hooks:
+            hook.remove()
+        forward = model.layers[4].forward
+        model.layers[4].forward = lambda *arguments: (seen.append("own"), forward(*arguments))[1]
+        torch.testing.assert_close(model(images), wanted)
+        assert seen[2:] == ["own"]
+
+
 def test_opcheck():
-    parameters, x, virtual = make(), stream(), positions(2, 19, 30)
+    x, virtual = stream(), positions(2, 19, 30)
     for over in (kernels.AS_IT_STANDS, Over(torch.ones(2, 19)), Over(None, virtual, virtual)):
-        torch.library.opcheck(torch.ops.mambatrim.mixer, (x, *mixer._flat(parameters, over)))
+        torch.library.opcheck(torch.ops.mambatrim.mixers, (x, *mixer._flat(PAIR, over)))
 
 
 def test_the_operator_counts_what_it_stands_for():
@@ -239,7 +273,7 @@ def test_the_operator_counts_what_it_stands_for():
     for over in (kernels.AS_IT_STANDS, Over(torch.ones(2, 19), virtual), Over(None, virtual, virtual)):
         counts = []
         for run in (
-            lambda over=over: torch.ops.mambatrim.mixer(x, *mixer._flat(parameters, over)),
+            lambda over=over: torch.ops.mambatrim.mixers(x, *mixer._flat([parameters], over)),
             lambda over=over: kernels.compose(x, parameters, over),
         ):
             with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -260,8 +294,9 @@ def test_a_model_is_made_of_it(monkeypatch):
         with torch.no_grad():
             fast(images)
         # and what is left: the norm and the class token before the classifier
-        assert calls.count("mixer") == model.depth and calls.count(step) == len(fast.reducer.schedule.places)
-        assert set(calls) <= {"mixer", step, "norm_forward", "take_rows"}
+        places = [block for block in fast.reducer.schedule.places if block + 1 < model.depth]
+        assert calls.count("mixers") == 1 + len(places) and calls.count(step) == len(places)
+        assert set(calls) <= {"mixers", step, "norm_forward", "take_rows"}
 
 
 @NEEDS_KERNELS

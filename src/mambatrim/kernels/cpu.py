@@ -21,7 +21,7 @@ LEVELS = ("generic", "avx2", "avx512", "avx512_bf16")
 SCAN, SCAN_DIRECTION = "<22qd", "<27q"
 CONV, CONV_DIRECTION = "<17q", "<5q"
 NORM, PRODUCT = "<10qd", "<14q"
-MIXER = f"<26q2d{7 * MAX_DIRECTIONS}q"
+MIXER, MIXERS = f"<26q2d{7 * MAX_DIRECTIONS}q", "<q"
 # of the step between two blocks
 ROWS, NEAREST, LINKS, LIFT, MERGE = "<10q", "<13q", "<9q", "<12q", "<17q"
 # of whole steps
@@ -32,7 +32,7 @@ CLUSTER = "<11qd"
 def _abi() -> int:
     scan = struct.calcsize(SCAN) + MAX_DIRECTIONS * struct.calcsize(SCAN_DIRECTION)
     conv = struct.calcsize(CONV) + MAX_DIRECTIONS * struct.calcsize(CONV_DIRECTION)
-    others = (NORM, MIXER, PRODUCT, CLUSTER, ROWS, NEAREST, LINKS, LIFT, MERGE, RANKED, CLUSTERED)
+    others = (NORM, MIXER, MIXERS, PRODUCT, CLUSTER, ROWS, NEAREST, LINKS, LIFT, MERGE, RANKED, CLUSTERED)
     return 1000000 + scan + conv + sum(map(struct.calcsize, others))
 
 

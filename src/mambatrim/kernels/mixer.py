@@ -1,10 +1,10 @@
-"""A Mamba mixer with the norm before it and the residual around it: `mambatrim::mixer`.
+"""Mamba mixers, each with the norm before it and the residual around it, one after another: `mambatrim::mixers`.
 
     x + out_proj(scale (sum of the scans) silu(z)),   (h, z) = in_proj(norm(x)),   each scan over conv(h) of its own
 
 `compose` is the definition, of the operators in the other files. For inference on a CPU one compiled kernel makes all
-of it: at one image PyTorch's own part in a dozen calls is a third of a narrow block, and what one step makes is still
-in the cache when the next one reads it.
+of it, for all blocks up to the next reduction: at one image PyTorch's own part in a dozen calls is a third of a narrow
+block, and what one step makes is still in the cache when the next one reads it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .scan import MAX_STATES, Direction, scan
 from .scan_operator import scan_macs
 from .virtual import Virtual
 
-_RECORD = struct.Struct(cpu.MIXER).pack
+_RECORD, _COUNT = struct.Struct(cpu.MIXER).pack, struct.Struct(cpu.MIXERS).pack
 
 
 class MixerDirection(NamedTuple):
@@ -98,27 +98,42 @@ def compose(x: Tensor, mixer: Mixer, over: Over = AS_IT_STANDS) -> Steps:
     return Steps(u, directions, z, found.dt_mean, linear(found.y, mixer.out_proj))
 
 
-def mix(x: Tensor, mixer: Mixer, over: Over = AS_IT_STANDS) -> tuple[Tensor, Tensor]:
-    """x (B, L, D) fp32 -> x + mixer(norm(x)) (B, L, D), and the time step's mean over channels (B, S, L)."""
-    tensors = _tensors(x, mixer, over)
+def mix(x: Tensor, mixers: Sequence[Mixer], over: Over = AS_IT_STANDS) -> tuple[Tensor, Tensor]:
+    """x <- x + mixer(norm(x)) for every mixer in turn, x (B, L, D) fp32.
+
+    Returns:
+        x (B, L, D), and the time step's mean over channels (B, S, L) of the last mixer.
+    """
+    tensors = _tensors(x, mixers, over)
     if cpu.direct(*tensors):
-        if _takes(x, mixer, over):
-            return _compiled(x, mixer, over)
-    elif _compiling(tensors):
-        return torch.ops.mambatrim.mixer(x, *_flat(mixer, over))
-    steps = compose(x, mixer, over)
-    return x + steps.update, steps.dt_mean
+        if _takes(x, mixers, over):
+            return _compiled(x, mixers, over)
+    elif _compiling(tensors) and _alike(mixers):
+        return torch.ops.mambatrim.mixers(x, *_flat(mixers, over))
+    return _composed(x, mixers, over)
 
 
-def _tensors(x: Tensor, mixer: Mixer, over: Over) -> list[Tensor]:
-    found = [x, mixer.in_proj, mixer.out_proj, *mixer.lines]
-    if mixer.norm is not None:
-        found.append(mixer.norm)
+def _composed(x: Tensor, mixers: Sequence[Mixer], over: Over) -> tuple[Tensor, Tensor]:
+    for mixer in mixers:
+        steps = compose(x, mixer, over)
+        x, dt_mean = x + steps.update, steps.dt_mean
+    return x, dt_mean
+
+
+def _tensors(x: Tensor, mixers: Sequence[Mixer], over: Over) -> list[Tensor]:
+    found = [x]
+    for norm, in_proj, out_proj, lines, *_ in mixers:
+        found += (in_proj, out_proj, *lines) if norm is None else (norm, in_proj, out_proj, *lines)
     if over is not AS_IT_STANDS:
         found += [] if over.repeats is None else [over.repeats]
         for virtual in over[1:]:
             found += virtual or ()
     return found
+
+
+def _alike(mixers: Sequence[Mixer]) -> bool:
+    """Whether they have norms, and one set of options."""
+    return all(mixer.norm is not None and mixer[4:] == mixers[0][4:] for mixer in mixers)
 
 
 def _compiling(tensors: Sequence[Tensor]) -> bool:
@@ -130,19 +145,30 @@ def _compiling(tensors: Sequence[Tensor]) -> bool:
     return not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
 
 
-def _takes(x: Tensor, mixer: Mixer, over: Over) -> bool:
+def _takes(x: Tensor, mixers: Sequence[Mixer], over: Over) -> bool:
     """Whether the compiled kernel takes these: fp32, or bf16 where it is the one to multiply that; contiguous, and of
     shapes that fit. The composition says what does not fit."""
+    if x.dtype is not torch.float32 or x.dim() != 3 or torch.is_autocast_enabled("cpu"):
+        return False
+    repeats, convolved, scanned = over
+    if repeats is not None and repeats.shape != x.shape[:2]:
+        return False
+    if convolved is not None and scanned is not None and convolved.share is not scanned.share:
+        return False
+    return all(_takes_one(x.shape[2], mixer) for mixer in mixers)
+
+
+def _takes_one(columns: int, mixer: Mixer) -> bool:
     norm, in_proj, out_proj, lines, *_ = mixer
     kind, fp32 = in_proj.dtype, torch.float32
-    if kind is not fp32 and not (kind is torch.bfloat16 and cpu.multiplies_bf16() and x.shape[2] % 2 == 0):
+    if kind is not fp32 and not (kind is torch.bfloat16 and columns % 2 == 0 and cpu.multiplies_bf16()):
         return False
-    columns, (channels, states), rank, taps = x.shape[-1], lines[5].shape, lines[3].shape[1], lines[0].shape[2]
-    if len(lines) > FIELDS * MAX_DIRECTIONS or taps > MAX_TAPS or states > MAX_STATES or x.dim() != 3 or norm is None:
+    (channels, states), rank, taps = lines[5].shape, lines[3].shape[1], lines[0].shape[2]
+    if len(lines) > FIELDS * MAX_DIRECTIONS or taps > MAX_TAPS or states > MAX_STATES or norm is None:
         return False
-    if x.dtype is not fp32 or norm.dtype is not fp32 or out_proj.dtype is not kind or norm.shape != (columns,):
+    if norm.dtype is not fp32 or out_proj.dtype is not kind or (kind is not fp32 and channels % 2):
         return False
-    if in_proj.shape != (2 * channels, columns) or out_proj.shape != (columns, channels):
+    if norm.shape != (columns,) or in_proj.shape != (2 * channels, columns) or out_proj.shape != (columns, channels):
         return False
     if not (in_proj.is_contiguous() and out_proj.is_contiguous() and norm.is_contiguous()):
         return False
@@ -152,29 +178,35 @@ def _takes(x: Tensor, mixer: Mixer, over: Over) -> bool:
     for k, one in enumerate(lines):
         if one.dtype is not kinds[k % FIELDS] or one.shape != shapes[k % FIELDS] or not one.is_contiguous():
             return False
-    if over.repeats is not None and over.repeats.shape != x.shape[:2]:
-        return False
-    return not torch.is_autocast_enabled("cpu")
+    return True
 
 
-def _compiled(x: Tensor, mixer: Mixer, over: Over) -> tuple[Tensor, Tensor]:
-    norm, in_proj, out_proj, lines, reverse, eps, scale = mixer
+def _compiled(x: Tensor, mixers: Sequence[Mixer], over: Over) -> tuple[Tensor, Tensor]:
     batch, length, columns = x.shape
-    directions, x = len(reverse), x.contiguous()
+    x, directions, last = x.contiguous(), len(mixers[0].reverse), len(mixers) - 1
     y, dt_mean = torch.empty_like(x), x.new_empty((batch, directions, length))
+    spare = torch.empty_like(x) if last else y
     place: tuple[int, ...] = _NOWHERE
     if over is not AS_IT_STANDS:
         over = _ready(over, batch, length)
         place = _place(over)
-    if y.numel():
-        record = _RECORD(
-            *(batch, length, columns, *lines[5].shape, lines[3].shape[1], lines[0].shape[2], directions),
-            *(in_proj.dtype is torch.bfloat16, torch.get_num_threads(), x.data_ptr(), y.data_ptr()),
-            *(0 if norm is None else norm.data_ptr(), in_proj.data_ptr(), out_proj.data_ptr(), dt_mean.data_ptr()),
-            *(*place, *reverse, *_SPARE[directions], eps, scale),
-            *([one.data_ptr() for one in lines] + [0] * (FIELDS * (MAX_DIRECTIONS - directions))),
+    if not y.numel():
+        return y, dt_mean
+    records, threads, source, means = [_COUNT(len(mixers))], torch.get_num_threads(), x.data_ptr(), dt_mean.data_ptr()
+    for i, (norm, in_proj, out_proj, lines, reverse, eps, scale) in enumerate(mixers):
+        target = (y if (last - i) % 2 == 0 else spare).data_ptr()  # by turns, so that the last is y
+        records.append(
+            _RECORD(
+                *(batch, length, columns, *lines[5].shape, lines[3].shape[1], lines[0].shape[2], len(reverse)),
+                *(in_proj.dtype is torch.bfloat16, threads, source, target, 0 if norm is None else norm.data_ptr()),
+                *(in_proj.data_ptr(), out_proj.data_ptr(), means if i == last else 0),
+                *(*place, *reverse, *_SPARE[len(reverse)], eps, scale),
+                *[one.data_ptr() for one in lines],
+                *_SPARE[len(reverse)] * FIELDS,
+            )
         )
-        cpu.call("mixer", record)
+        source = target
+    cpu.call("mixers", b"".join(records))
     return y, dt_mean
 
 
@@ -210,48 +242,72 @@ def _source(virtual: Virtual | None) -> tuple[int, int]:
 # ------------------------------------------------------------------------------------------------------- the operator
 
 
-def _flat(mixer: Mixer, over: Over) -> tuple[object, ...]:
+def _flat(mixers: Sequence[Mixer], over: Over) -> tuple[object, ...]:
     """The arguments of the operator behind x."""
     repeats, convolved, scanned = over
     share = next((one.share for one in (convolved, scanned) if one is not None), None)
     sources = (None if one is None else one.source for one in (convolved, scanned))
-    return (*mixer[:4], list(mixer.reverse), mixer.eps, mixer.scale, repeats, *sources, share)
+    norms, in_projs, out_projs, lines, *_ = zip(*mixers, strict=True)
+    flat = [one for some in lines for one in some]
+    options = (list(mixers[0].reverse), mixers[0].eps, mixers[0].scale)
+    return (list(norms), list(in_projs), list(out_projs), flat, *options, repeats, *sources, share)
 
 
-def _operator(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    *parameters, repeats, convolved, scanned, share = arguments
-    mixer, over = Mixer(*parameters), AS_IT_STANDS
+def _operator(
+    x: Tensor,
+    norms: list[Tensor],
+    in_projs: list[Tensor],
+    out_projs: list[Tensor],
+    lines: list[Tensor],
+    reverse: list[bool],
+    eps: float,
+    scale: float,
+    repeats: Tensor | None,
+    convolved: Tensor | None,
+    scanned: Tensor | None,
+    share: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    fields = FIELDS * len(reverse)
+    mixers = [
+        Mixer(*weights, lines[i * fields : (i + 1) * fields], reverse, eps, scale)
+        for i, weights in enumerate(zip(norms, in_projs, out_projs, strict=True))
+    ]
+    over = AS_IT_STANDS
     if repeats is not None or share is not None:
-        virtual = (None if source is None else Virtual(source, share) for source in (convolved, scanned))
+        virtual = (
+            None if source is None or share is None else Virtual(source, share) for source in (convolved, scanned)
+        )
         over = Over(repeats, *virtual)
-    if x.is_cpu and cpu.handles(x) and _takes(x, mixer, over):
-        return _compiled(x, mixer, over)
-    steps = compose(x, mixer, over)
-    return x + steps.update, cast(steps.dt_mean, x.dtype)
+    if x.is_cpu and cpu.handles(x) and _takes(x, mixers, over):
+        return _compiled(x, mixers, over)
+    y, dt_mean = _composed(x, mixers, over)
+    return y, cast(dt_mean, x.dtype)
 
 
-def _fake(x: Tensor, norm: Tensor, in_proj: Tensor, out_proj: Tensor, lines: list[Tensor], *_: Any) -> Any:
+def _fake(x: Tensor, norms: Any, in_projs: Any, out_projs: Any, lines: Any, reverse: list[bool], *_: Any) -> Any:
     batch, length, _columns = x.shape
-    return torch.empty_like(x), x.new_empty(batch, len(lines) // FIELDS, length)
+    return torch.empty_like(x), x.new_empty(batch, len(reverse), length)
 
 
 register(
-    "mixer",
-    "(Tensor x, Tensor norm, Tensor in_proj, Tensor out_proj, Tensor[] lines, bool[] reverse, float eps, float scale, "
-    "Tensor? repeats, Tensor? convolved, Tensor? scanned, Tensor? share) -> (Tensor y, Tensor dt_mean)",
+    "mixers",
+    "(Tensor x, Tensor[] norms, Tensor[] in_projs, Tensor[] out_projs, Tensor[] lines, bool[] reverse, float eps, "
+    "float scale, Tensor? repeats, Tensor? convolved, Tensor? scanned, Tensor? share) -> (Tensor y, Tensor dt_mean)",
     *(_operator, _operator, _fake),
 )
 
 
-@register_flop_formula(torch.ops.mambatrim.mixer)
-def _flops(x: Any, norm: Any, in_proj: Any, out_proj: Any, lines: Any, *rest: Any, **_: Any) -> int:
+@register_flop_formula(torch.ops.mambatrim.mixers)
+def _flops(x: Any, norms: Any, in_projs: Any, out_projs: Any, lines: Any, *rest: Any, out_shape: Any = None) -> int:
     """Two for a multiply-add, as the counter of torch has it: those of the operators that it stands for."""
     batch, length, _columns = x
     convolved, scanned, _share = rest[-3:]
-    directions, rank = len(lines) // FIELDS, lines[3][1]
-    (channels, states), taps = lines[5], lines[0][2]
-    macs = length * (math.prod(in_proj) + math.prod(out_proj) + directions * math.prod(lines[2]))
-    conv = length * channels * taps if convolved is None else virtual_sequence.conv_macs(convolved[1], channels, taps)
-    positions = None if scanned is None else scanned[1]
-    macs += directions * (conv + scan_macs(length, channels, states, rank, positions))
+    macs = length * sum(map(math.prod, (*in_projs, *out_projs)))
+    for k in range(0, len(lines), FIELDS):
+        (channels, _one, taps), _bias, x_proj, (_channels, rank), _steps, (_again, states), _d = lines[k : k + FIELDS]
+        macs += length * math.prod(x_proj)
+        macs += (
+            length * channels * taps if convolved is None else virtual_sequence.conv_macs(convolved[1], channels, taps)
+        )
+        macs += scan_macs(length, channels, states, rank, None if scanned is None else scanned[1])
     return 2 * batch * macs

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..reduction import STEM, Cost, Reducer, Tokens
-from .layers import BiMambaMixer, Block, PatchEmbed, RMSNorm, join_rows, resize_positions, split_rows
+from .layers import BiMambaMixer, Block, PatchEmbed, RMSNorm, join_rows, resize_positions, split_rows, through
 from .spec import ModelSpec
 
 ImageSize = int | tuple[int, ...] | None
@@ -230,9 +230,12 @@ class FlatMamba(nn.Module):
         tokens, seen = self.embed(images), []
         tokens = self.reducer(STEM, tokens, {"hidden": tokens.x})
         layout = self.reducer.layout(tokens)
-        for i, layer in enumerate(self.blocks()):
-            x, captured = layer(tokens.x, self.reducer.needs(i), layout)
-            left = tokens.with_x(x)
+        blocks, start = self.blocks(), 0
+        for i in range(len(blocks)):
+            if not (self.reducer.schedule.at(i) or i in layers or i + 1 == len(blocks)):
+                continue
+            x, captured = through(blocks[start : i + 1], tokens.x, self.reducer.needs(i), layout)
+            left, start = tokens.with_x(x), i + 1
             if i in layers:
                 seen.append(left)
             tokens = self.reducer(i, left, captured)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as _module
 
 from .. import kernels
 from ..kernels import reference
@@ -90,9 +91,9 @@ class BiMambaMixer(nn.Module):
         Also the signals that are `wanted` (reduction.SIGNALS), all tokens in token order. `layout` says what tokens of
         the stem the L rows stand for, where that matters.
         """
-        parameters, over = self._parameters_with(norm), _over(layout)
+        parameters, over = self.parameters_with(norm), _over(layout)
         if norm is not None and _AT_ONCE.issuperset(wanted):
-            x, dt_mean = kernels.mix(x, parameters, over)
+            x, dt_mean = kernels.mix(x, [parameters], over)
             captured = {"dt_mean": dt_mean} if "dt_mean" in wanted else {}
         else:
             steps = kernels.compose(x, parameters, over)
@@ -102,7 +103,8 @@ class BiMambaMixer(nn.Module):
             captured["hidden"] = x
         return x, captured
 
-    def _parameters_with(self, norm: RMSNorm | None) -> kernels.Mixer:
+    def parameters_with(self, norm: RMSNorm | None) -> kernels.Mixer:
+        """What the kernels take."""
         get: Callable[[Any, str], Any] = getattr if torch.compiler.is_compiling() else _held
         lines: list[Tensor] = []
         for names in _DIRECTIONS:
@@ -185,6 +187,36 @@ class Block(nn.Module):
 
     def cost(self, length: int, convolved: int | None = None, scanned: int | None = None) -> Cost:
         return self.mixer.cost(length, convolved, scanned)
+
+
+def through(
+    blocks: Sequence[Block], x: Tensor, wanted: Sequence[str] = (), layout: Layout | None = None
+) -> tuple[Tensor, Captured]:
+    """x (B, L, D) fp32 through one block after another, and the `wanted` signals of the last one.
+
+    Blocks that nobody watches or changed can run as one kernel: otherwise each is called as the module that it is.
+    """
+    if len(blocks) > 1 and _AT_ONCE.issuperset(wanted) and all(map(_plain, blocks)):
+        x, dt_mean = kernels.mix(x, [block.mixer.parameters_with(block.norm) for block in blocks], _over(layout))
+        return x, {name: value for name, value in (("dt_mean", dt_mean), ("hidden", x)) if name in wanted}
+    captured: Captured = {}
+    for block in blocks:
+        x, captured = block(x, wanted if block is blocks[-1] else (), layout)
+    return x, captured
+
+
+def _plain(block: Block) -> bool:
+    """Whether a block and its parts are what they were made as, with no hooks of anybody."""
+    if type(block) is not Block or type(block.mixer) is not BiMambaMixer or type(block.norm) is not RMSNorm:
+        return False
+    if _module._has_any_global_hook():
+        return False
+    for part in (block, block.mixer, block.norm):
+        if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
+            return False
+        if "forward" in part.__dict__:
+            return False
+    return True
 
 
 class PatchEmbed(nn.Module):

@@ -93,6 +93,11 @@ struct MixerArgs {
     MixerDirection direction[4];
 };
 
+// A run of mixers, each of which reads what the one before it wrote; their MixerArgs follow the record.
+struct MixersArgs {
+    int64_t count;
+};
+
 struct ClusterArgs {
     int64_t batch, rows, width, axes, r, threads;
     int64_t x, weight, coordinates;  // (B, M, F), (B, M), (B, M, P) fp32; contiguous

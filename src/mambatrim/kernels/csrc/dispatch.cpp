@@ -14,7 +14,7 @@
     extern "C" int norm_forward_##isa(const NormArgs*);  \
     extern "C" int norm_backward_##isa(const NormArgs*); \
     extern "C" int product_##isa(const ProductArgs*);    \
-    extern "C" int mixer_##isa(const MixerArgs*);        \
+    extern "C" int mixers_##isa(const MixersArgs*);      \
     extern "C" int take_rows_##isa(const RowsArgs*);     \
     extern "C" int nearest_##isa(const NearestArgs*);    \
     extern "C" int links_##isa(const LinksArgs*);        \
@@ -53,7 +53,7 @@ Level level = supported;
 
 // A change here without a change in kernels/cpu.py (or the other way round) must not load.
 extern "C" int64_t mambatrim_abi() {
-    return 1000000 + (int64_t)(sizeof(ScanArgs) + sizeof(ConvArgs) + sizeof(NormArgs) + sizeof(ClusterArgs) + sizeof(ProductArgs) + sizeof(MixerArgs) +
+    return 1000000 + (int64_t)(sizeof(ScanArgs) + sizeof(ConvArgs) + sizeof(NormArgs) + sizeof(ClusterArgs) + sizeof(ProductArgs) + sizeof(MixerArgs) + sizeof(MixersArgs) +
                                 sizeof(RowsArgs) + sizeof(NearestArgs) + sizeof(LinksArgs) + sizeof(LiftArgs) + sizeof(MergeArgs) + sizeof(RankedArgs) +
                                 sizeof(ClusteredArgs));
 }
@@ -98,7 +98,7 @@ DISPATCH(virtual_conv_forward, ConvArgs)
 DISPATCH(norm_forward, NormArgs)
 DISPATCH(norm_backward, NormArgs)
 DISPATCH(product, ProductArgs)
-DISPATCH(mixer, MixerArgs)
+DISPATCH(mixers, MixersArgs)
 DISPATCH(take_rows, RowsArgs)
 DISPATCH(nearest, NearestArgs)
 DISPATCH(links, LinksArgs)
