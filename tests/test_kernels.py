@@ -425,7 +425,9 @@ def test_opcheck():
     bias = [torch.randn(16, requires_grad=True) for _ in range(2)]
     x = torch.randn(2, 7, 16, requires_grad=True)
     torch.library.opcheck(torch.ops.mambatrim.causal_conv1d, (x, weight, bias, [False, True], True))
-    torch.library.opcheck(torch.ops.mambatrim.linear, (x, torch.randn(5, 16, requires_grad=True)))
+    product = (x, torch.randn(5, 16, requires_grad=True))
+    for bias in ((), (torch.randn(5, requires_grad=True),)):
+        torch.library.opcheck(torch.ops.mambatrim.linear, (*product, *bias))
     torch.library.opcheck(torch.ops.mambatrim.rms_norm, (x, torch.ones(16, requires_grad=True), 1e-5, torch.float32))
 
 

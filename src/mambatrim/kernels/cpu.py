@@ -21,9 +21,9 @@ LEVELS = ("generic", "avx2", "avx512", "avx512_bf16")
 SCAN, SCAN_DIRECTION = "<22qd", "<27q"
 CONV, CONV_DIRECTION = "<17q", "<5q"
 NORM, PRODUCT = "<10qd", "<14q"
-MIXER, MIXERS = f"<26q2d{7 * MAX_DIRECTIONS}q", "<q"
+MIXER, MIXERS = f"<23q2d{3 + 7 * MAX_DIRECTIONS}q", "<q"
 # of the step between two blocks
-ROWS, NEAREST, LINKS, LIFT, MERGE = "<10q", "<13q", "<9q", "<12q", "<17q"
+ROWS, NEAREST, LINKS, LIFT, MERGE = "<11q", "<13q", "<9q", "<12q", "<17q"
 # of whole steps
 RANKED, CLUSTERED = "<18q", "<16q3d"
 CLUSTER = "<11qd"

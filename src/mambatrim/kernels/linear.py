@@ -26,8 +26,8 @@ def _has_onednn() -> bool:
 _ONEDNN = _has_onednn()
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x (..., I) times weight (O, I) transposed -> (..., O).
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., I) times weight (O, I) transposed, plus bias (O) -> (..., O).
 
     An exported graph gets PyTorch's own operator, which every back end knows.
     """
@@ -41,37 +41,41 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
         or torch.is_autocast_enabled("cpu")
     )
     if plain:
-        return F.linear(x, weight)
-    differentiated = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+        return F.linear(x, weight, bias)
+    given = (x, weight) if bias is None else (x, weight, bias)
+    differentiated = torch.is_grad_enabled() and any(each.requires_grad for each in given)
     # PyTorch's private operator has no FLOPs, and compilers take it only with weights that they packed themselves
     if differentiated or torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
-        return torch.ops.mambatrim.linear(x, weight)
-    return _onednn(x, weight)
+        return torch.ops.mambatrim.linear(x, weight, bias)
+    return _onednn(x, weight, bias)
 
 
-def _onednn(x: Tensor, weight: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise.default(x, weight, None, "none", [], "")
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
 
 
-def _cpu(x: Tensor, weight: Tensor) -> Tensor:
-    return _onednn(x, weight) if _ONEDNN and x.dtype == torch.float32 else F.linear(x, weight)
+def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return _onednn(x, weight, bias) if _ONEDNN and x.dtype == torch.float32 else F.linear(x, weight, bias)
 
 
-def _fake(x: Tensor, weight: Tensor) -> Tensor:
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-def _setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+def _setup(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+    x, weight, bias = inputs
+    ctx.save_for_backward(x, weight)
+    ctx.biased = bias is not None
 
 
-def _grad(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+def _grad(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     x, weight = ctx.saved_tensors
     rows, inputs = grad.flatten(0, -2), x.flatten(0, -2)
-    return linear(grad, weight.T.contiguous()), linear(rows.T.contiguous(), inputs.T.contiguous())
+    of_weight = linear(rows.T.contiguous(), inputs.T.contiguous())
+    return linear(grad, weight.T.contiguous()), of_weight, rows.sum(0) if ctx.biased else None
 
 
-register("linear", "(Tensor x, Tensor weight) -> Tensor", *(_cpu, F.linear, _fake, _setup, _grad))
+register("linear", "(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor", *(_cpu, F.linear, _fake, _setup, _grad))
 
 
 @register_flop_formula(torch.ops.mambatrim.linear)

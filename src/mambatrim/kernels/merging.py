@@ -30,8 +30,9 @@ def compiling(feature: Tensor) -> bool:
     return not (torch.is_grad_enabled() and feature.requires_grad)
 
 
-def take_rows(x: Tensor, positions: Tensor, directions: int = 1) -> Tensor:
-    """Rows of x (B S, L, ...), contiguous, at the positions (B, n) of each image: (B S, n, ...)."""
+def take_rows(x: Tensor, positions: Tensor, directions: int = 1, or_zeros: bool = False) -> Tensor:
+    """Rows of x (B S, L, ...), contiguous, at the positions (B, n) of each image: (B S, n, ...); where it is to be
+    `or_zeros`, position L is a row of zeros."""
     length, (batch, count) = x.shape[1], positions.shape
     positions = cpu.dense_rows(positions)
     y = x.new_empty((x.shape[0], count, *x.shape[2:]))
@@ -40,7 +41,7 @@ def take_rows(x: Tensor, positions: Tensor, directions: int = 1) -> Tensor:
         cpu.call(
             "take_rows",
             _ROWS(
-                *(batch, directions, length, count, row, torch.get_num_threads()),
+                *(batch, directions, length, count, row, torch.get_num_threads(), or_zeros),
                 *(x.data_ptr(), positions.data_ptr(), positions.stride(0), y.data_ptr()),
             ),
         )

@@ -83,8 +83,8 @@ AS_IT_STANDS = Over()
 def compose(x: Tensor, mixer: Mixer, over: Over = AS_IT_STANDS) -> Steps:
     """The steps of a mixer on x (B, L, D), differentiable."""
     lines = [MixerDirection(*mixer.lines[k : k + FIELDS]) for k in range(0, len(mixer.lines), FIELDS)]
-    normed = x if mixer.norm is None else rms_norm(x, mixer.norm, mixer.eps, mixer.in_proj.dtype)
-    projected = linear(normed, mixer.in_proj)
+    rows = x if mixer.norm is None else rms_norm(x, mixer.norm, mixer.eps, mixer.in_proj.dtype)
+    projected = linear(rows, mixer.in_proj)
     hidden, z = projected.chunk(2, dim=-1)  # (B, L, E) each
     taps, biases = [line.conv.squeeze(1) for line in lines], [line.conv_bias for line in lines]
     u = causal_conv1d(hidden, taps, biases, mixer.reverse, virtual=over.convolved)  # (S, B, L, E)
@@ -104,11 +104,11 @@ def mix(x: Tensor, mixers: Sequence[Mixer], over: Over = AS_IT_STANDS) -> tuple[
     Returns:
         x (B, L, D), and the time step's mean over channels (B, S, L) of the last mixer.
     """
-    tensors = _tensors(x, mixers, over)
-    if cpu.direct(*tensors):
-        if _takes(x, mixers, over):
-            return _compiled(x, mixers, over)
-    elif _compiling(tensors) and _alike(mixers):
+    weights = _weights(mixers)
+    if cpu.direct(x, *weights, *_tensors(over)):
+        if _takes(x, mixers, weights, over):
+            return _compiled(x, mixers, weights, over)
+    elif _compiling(x, *weights, *_tensors(over)) and all(mixer[4:] == mixers[0][4:] for mixer in mixers):
         return torch.ops.mambatrim.mixers(x, *_flat(mixers, over))
     return _composed(x, mixers, over)
 
@@ -120,23 +120,22 @@ def _composed(x: Tensor, mixers: Sequence[Mixer], over: Over) -> tuple[Tensor, T
     return x, dt_mean
 
 
-def _tensors(x: Tensor, mixers: Sequence[Mixer], over: Over) -> list[Tensor]:
-    found = [x]
+def _weights(mixers: Sequence[Mixer]) -> list[Tensor]:
+    """All parameters of all mixers, in the order of the record."""
+    found: list[Tensor] = []
     for norm, in_proj, out_proj, lines, *_ in mixers:
         found += (in_proj, out_proj, *lines) if norm is None else (norm, in_proj, out_proj, *lines)
-    if over is not AS_IT_STANDS:
-        found += [] if over.repeats is None else [over.repeats]
-        for virtual in over[1:]:
-            found += virtual or ()
     return found
 
 
-def _alike(mixers: Sequence[Mixer]) -> bool:
-    """Whether they have norms, and one set of options."""
-    return all(mixer.norm is not None and mixer[4:] == mixers[0][4:] for mixer in mixers)
+def _tensors(over: Over) -> list[Tensor]:
+    found = [] if over.repeats is None else [over.repeats]
+    for virtual in over[1:]:
+        found += virtual or ()
+    return found
 
 
-def _compiling(tensors: Sequence[Tensor]) -> bool:
+def _compiling(*tensors: Tensor) -> bool:
     """Whether a compiler, and no exporter, is to call the operator: on a CPU, no gradient wanted."""
     if not torch.compiler.is_compiling() or torch.compiler.is_exporting() or tensors[0].device.type != "cpu":
         return False
@@ -145,7 +144,7 @@ def _compiling(tensors: Sequence[Tensor]) -> bool:
     return not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
 
 
-def _takes(x: Tensor, mixers: Sequence[Mixer], over: Over) -> bool:
+def _takes(x: Tensor, mixers: Sequence[Mixer], weights: list[Tensor], over: Over) -> bool:
     """Whether the compiled kernel takes these: fp32, or bf16 where it is the one to multiply that; contiguous, and of
     shapes that fit. The composition says what does not fit."""
     if x.dtype is not torch.float32 or x.dim() != 3 or torch.is_autocast_enabled("cpu"):
@@ -155,35 +154,26 @@ def _takes(x: Tensor, mixers: Sequence[Mixer], over: Over) -> bool:
         return False
     if convolved is not None and scanned is not None and convolved.share is not scanned.share:
         return False
-    return all(_takes_one(x.shape[2], mixer) for mixer in mixers)
+    _, in_proj, _, lines, reverse, *_ = mixers[0]
+    columns, (channels, states), (_, rank), (_, _, taps) = x.shape[2], lines[5].shape, lines[3].shape, lines[0].shape
+    directions, kind, fp32 = len(reverse), in_proj.dtype, torch.float32
+    if directions > MAX_DIRECTIONS or taps > MAX_TAPS or states > MAX_STATES:
+        return False
+    even = columns % 2 == channels % 2 == 0
+    if kind is not fp32 and not (kind is torch.bfloat16 and even and cpu.multiplies_bf16()):
+        return False
+    wide, row, count = (channels, states), (channels,), len(mixers)
+    shapes = [(channels, 1, taps), row, (rank + 2 * states, channels), (channels, rank), row, wide, row] * directions
+    shapes = [(columns,), (2 * channels, columns), (columns, channels), *shapes] * count
+    kinds = [fp32, kind, kind, *[fp32, fp32, kind, kind, fp32, fp32, fp32] * directions] * count
+    fits = [one.shape for one in weights] == shapes and [one.dtype for one in weights] == kinds
+    return fits and all(map(Tensor.is_contiguous, weights))
 
 
-def _takes_one(columns: int, mixer: Mixer) -> bool:
-    norm, in_proj, out_proj, lines, *_ = mixer
-    kind, fp32 = in_proj.dtype, torch.float32
-    if kind is not fp32 and not (kind is torch.bfloat16 and columns % 2 == 0 and cpu.multiplies_bf16()):
-        return False
-    (channels, states), rank, taps = lines[5].shape, lines[3].shape[1], lines[0].shape[2]
-    if len(lines) > FIELDS * MAX_DIRECTIONS or taps > MAX_TAPS or states > MAX_STATES or norm is None:
-        return False
-    if norm.dtype is not fp32 or out_proj.dtype is not kind or (kind is not fp32 and channels % 2):
-        return False
-    if norm.shape != (columns,) or in_proj.shape != (2 * channels, columns) or out_proj.shape != (columns, channels):
-        return False
-    if not (in_proj.is_contiguous() and out_proj.is_contiguous() and norm.is_contiguous()):
-        return False
-    wide, row = (channels, states), (channels,)
-    kinds = (fp32, fp32, kind, kind, fp32, fp32, fp32)
-    shapes = ((channels, 1, taps), row, (rank + 2 * states, channels), (channels, rank), row, wide, row)
-    for k, one in enumerate(lines):
-        if one.dtype is not kinds[k % FIELDS] or one.shape != shapes[k % FIELDS] or not one.is_contiguous():
-            return False
-    return True
-
-
-def _compiled(x: Tensor, mixers: Sequence[Mixer], over: Over) -> tuple[Tensor, Tensor]:
+def _compiled(x: Tensor, mixers: Sequence[Mixer], weights: list[Tensor], over: Over) -> tuple[Tensor, Tensor]:
     batch, length, columns = x.shape
-    x, directions, last = x.contiguous(), len(mixers[0].reverse), len(mixers) - 1
+    _, in_proj, _, lines, reverse, *_ = mixers[0]
+    x, directions, last = x.contiguous(), len(reverse), len(mixers) - 1
     y, dt_mean = torch.empty_like(x), x.new_empty((batch, directions, length))
     spare = torch.empty_like(x) if last else y
     place: tuple[int, ...] = _NOWHERE
@@ -192,27 +182,24 @@ def _compiled(x: Tensor, mixers: Sequence[Mixer], over: Over) -> tuple[Tensor, T
         place = _place(over)
     if not y.numel():
         return y, dt_mean
-    records, threads, source, means = [_COUNT(len(mixers))], torch.get_num_threads(), x.data_ptr(), dt_mean.data_ptr()
-    for i, (norm, in_proj, out_proj, lines, reverse, eps, scale) in enumerate(mixers):
-        target = (y if (last - i) % 2 == 0 else spare).data_ptr()  # by turns, so that the last is y
-        records.append(
-            _RECORD(
-                *(batch, length, columns, *lines[5].shape, lines[3].shape[1], lines[0].shape[2], len(reverse)),
-                *(in_proj.dtype is torch.bfloat16, threads, source, target, 0 if norm is None else norm.data_ptr()),
-                *(in_proj.data_ptr(), out_proj.data_ptr(), means if i == last else 0),
-                *(*place, *reverse, *_SPARE[len(reverse)], eps, scale),
-                *[one.data_ptr() for one in lines],
-                *_SPARE[len(reverse)] * FIELDS,
-            )
-        )
+    head = (batch, length, columns, *lines[5].shape, lines[3].shape[1], lines[0].shape[2], directions)
+    head = (*head, in_proj.dtype is torch.bfloat16, torch.get_num_threads())
+    unused = (0,) * (MAX_DIRECTIONS - directions)
+    records, source, step = [_COUNT(len(mixers))], x.data_ptr(), 3 + FIELDS * directions
+    pointers, ends = [one.data_ptr() for one in weights], (y.data_ptr(), spare.data_ptr())
+    for i, (_, _, _, _, reverse, eps, scale) in enumerate(mixers):
+        target = ends[(last - i) % 2]  # by turns, so that the last one writes y
+        means = dt_mean.data_ptr() if i == last else 0
+        options = (*place, *reverse, *unused, eps, scale)
+        rest = pointers[i * step : i * step + step]
+        records.append(_RECORD(*head, source, target, means, *options, *rest, *unused * FIELDS))
         source = target
     cpu.call("mixers", b"".join(records))
     return y, dt_mean
 
 
-# addresses of an `Over`; flags of the directions that are not there
+# addresses of an `Over`
 _NOWHERE = (0,) * 6
-_SPARE = [(0,) * (MAX_DIRECTIONS - directions) for directions in range(MAX_DIRECTIONS + 1)]
 
 
 def _ready(over: Over, batch: int, length: int) -> Over:
@@ -278,8 +265,9 @@ def _operator(
             None if source is None or share is None else Virtual(source, share) for source in (convolved, scanned)
         )
         over = Over(repeats, *virtual)
-    if x.is_cpu and cpu.handles(x) and _takes(x, mixers, over):
-        return _compiled(x, mixers, over)
+    weights = _weights(mixers)
+    if x.is_cpu and cpu.handles(x) and _takes(x, mixers, weights, over):
+        return _compiled(x, mixers, weights, over)
     y, dt_mean = _composed(x, mixers, over)
     return y, cast(dt_mean, x.dtype)
 

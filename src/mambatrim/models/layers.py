@@ -207,14 +207,14 @@ def through(
 
 def _plain(block: Block) -> bool:
     """Whether a block and its parts are what they were made as, with no hooks of anybody."""
-    if type(block) is not Block or type(block.mixer) is not BiMambaMixer or type(block.norm) is not RMSNorm:
+    parts = (block, block._modules["mixer"], block._modules["norm"])
+    if tuple(map(type, parts)) != (Block, BiMambaMixer, RMSNorm) or _module._has_any_global_hook():
         return False
-    if _module._has_any_global_hook():
-        return False
-    for part in (block, block.mixer, block.norm):
-        if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
+    for part in parts:
+        own: dict[str, Any] = part.__dict__
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
             return False
-        if "forward" in part.__dict__:
+        if "forward" in own:
             return False
     return True
 
@@ -249,7 +249,8 @@ class PatchEmbed(nn.Module):
         return tuple((n - one) // step + 1 for n, one, step in zip(sides, self.patch, self.stride, strict=True))
 
     def forward(self, images: Tensor) -> Tensor:
-        weight, images = self.proj.weight, images.to(self.proj.weight.dtype)
+        weight, bias = self.proj.weight, _given(self.proj.bias)
+        images = images.to(weight.dtype)
         if self.stride != self.patch:
             return self.proj(images).flatten(2).transpose(1, 2)
         # patches side by side: one matrix product, whose rows are the tokens
@@ -258,8 +259,8 @@ class PatchEmbed(nn.Module):
             images = images.narrow(axis + 2, 0, sides[axis] * self.patch[axis])
         images = images.reshape(*images.shape[:2], *(n for pair in zip(sides, self.patch, strict=True) for n in pair))
         order = (0, *(2 + 2 * axis for axis in axes), 1, *(3 + 2 * axis for axis in axes))
-        rows = images.permute(order).flatten(len(axes) + 1).flatten(1, len(axes))  # (B, M, C patch)
-        return kernels.linear(rows, weight.flatten(1)) + _given(self.proj.bias)
+        rows = images.permute(order).reshape(images.shape[0], math.prod(sides), -1)  # (B, M, C patch)
+        return kernels.linear(rows, weight.flatten(1), bias)
 
 
 def resize_positions(table: Tensor, old: tuple[int, ...], new: tuple[int, ...]) -> Tensor:

@@ -86,12 +86,16 @@ class Tokens:
                 raise ValueError(f"token {token} does not exist: the stem made tokens 0 to {length - 1}")
         if not ids:
             return self.origin.dest[:, :0]
+        if len(ids) == 1:
+            return self.origin.dest.narrow(1, ids[0], 1)
         # a stack of columns and not an index list, which would be copied to the device in every forward
         return torch.stack([self.origin.dest[:, token] for token in ids], dim=1)
 
     def take(self, ids: tuple[int, ...]) -> Tensor:
         """(B, n, D): rows in which the tokens of original positions `ids` are now; zeros where one was pruned."""
         position, kept = self.where(ids), self.x.shape[1]
+        if cpu.direct(self.x, position) and self.x.is_contiguous():
+            return merging.take_rows(self.x, position, or_zeros=True)
         rows = take_rows(self.x, position.clamp(max=kept - 1))
         return rows.masked_fill((position == kept).unsqueeze(2), 0.0)
 

@@ -83,13 +83,13 @@ struct MixerArgs {
     int64_t batch, length, columns, channels, states, rank, taps;  // columns: D (d_model)
     int64_t directions, bfloat16, threads;
     int64_t x, y;                              // (B, L, D) fp32, contiguous
-    int64_t norm, in_weight, out_weight;       // (D) fp32, (2 E, D) T, (D, E) T; contiguous
     int64_t dt_mean;                           // out (B, S, L) fp32, or null
     int64_t repeats;                           // (B, L) fp32 or null
     int64_t conv_steps, conv_source;           // of virtual sequences: T, (B, T) int64, or null
     int64_t scan_steps, scan_source, share;    // and (B, L) fp32
     int64_t reverse[4];                        // of each direction
     double eps, scale;
+    int64_t norm, in_weight, out_weight;       // (D) fp32, (2 E, D) T, (D, E) T; contiguous
     MixerDirection direction[4];
 };
 
@@ -109,6 +109,7 @@ struct ClusterArgs {
 // distance between images where a tensor may be a part of a wider one.
 struct RowsArgs {
     int64_t batch, directions, length, count, bytes, threads;  // bytes of a row
+    int64_t or_zeros;                                          // 1: position L is a row of zeros
     int64_t x;                                                 // (B, S, L, .), contiguous
     int64_t positions, positions_batch;                        // (B, n)
     int64_t y;                                                 // out (B, S, n, .)

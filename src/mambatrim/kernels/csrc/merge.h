@@ -35,10 +35,14 @@ int take_rows(const RowsArgs& p) {
         const char* x = (const char*)p.x + image * p.length * p.bytes;
         char* y = (char*)p.y + image * p.count * p.bytes;
         for (int64_t i = 0; i < p.count; i++) {
-            if (outside(positions[i], p.length)) {
+            if (outside(positions[i], p.length + p.or_zeros)) {
 #pragma omp atomic write
                 failed = 2;
                 break;
+            }
+            if (positions[i] == p.length) {
+                memset(y + i * p.bytes, 0, (size_t)p.bytes);
+                continue;
             }
             if (p.bytes == 4) memcpy(y + i * 4, x + positions[i] * 4, 4);
             else memcpy(y + i * p.bytes, x + positions[i] * p.bytes, (size_t)p.bytes);
