@@ -14,9 +14,10 @@ from torch import Tensor
 
 import mambatrim
 from mambatrim import kernels
-from mambatrim.kernels import clustering, cpu, merging, mixer, reference, virtual
+from mambatrim.kernels import clustering, cpu, merging, mixer, reference, steps, virtual
 from test_kernels import backend as backend
 from test_kernels import close, leaves, make
+from test_mixer import make as make_mixer
 
 NEEDS_KERNELS = pytest.mark.skipif(bool(cpu.missing()), reason="the kernels were not compiled")
 INF, NAN, TINY = float("inf"), float("nan"), 1e-40  # the last is a denormal of fp32
@@ -53,7 +54,14 @@ def step(seed: int) -> list[Tensor]:
     merged = merging.merge(x, similarity.new_ones(3, 41), similarity.new_ones(3, 41), plan, (order, order))
     clusters = kernels.agglomerate(x, torch.ones(3, 41), order[:, :, None] * 0.02, 19)
     convolved = kernels.causal_conv1d(x, [torch.full((70, 4), 0.3)], virtual=over)
-    return [*kernels.scan(u, lines, z, virtual=over), convolved, nearest, similarity, *plan, *merged[:2], *clusters]
+    before = steps.Before(x.contiguous(), torch.ones(3, 41), order, order, (20,))
+    whole = (
+        steps.ranked_step(before, x.abs().mean(2)[:, None], 9, 9),
+        steps.clustered_step(before, 9, 1, 0.1, 0.1, (5, 8)),
+    )
+    mixed = kernels.mix(x, [make_mixer(70, 96), make_mixer(70, 96, seed=seed)], kernels.Over(None, over, over))
+    results = [*kernels.scan(u, lines, z, virtual=over), convolved, nearest, similarity, *plan, *merged[:2], *clusters]
+    return [*results, *ranked, *clustered, *mixed]
 
 
 def same(a: list[Tensor], b: list[Tensor]) -> bool:

@@ -20,7 +20,7 @@ LEVELS = ("generic", "avx2", "avx512", "avx512_bf16")
 # the records of csrc/abi.h, in 8-byte fields: head, one direction
 SCAN, SCAN_DIRECTION = "<22qd", "<27q"
 CONV, CONV_DIRECTION = "<17q", "<5q"
-NORM, PRODUCT = "<10qd", "<14q"
+NORM, PRODUCT = "<10qd", "<15q"
 MIXER, MIXERS = f"<23q2d{3 + 7 * MAX_DIRECTIONS}q", "<q"
 # of the step between two blocks
 ROWS, NEAREST, LINKS, LIFT, MERGE = "<11q", "<13q", "<9q", "<12q", "<17q"

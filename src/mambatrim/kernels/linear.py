@@ -1,12 +1,14 @@
 """Matrix products with a weight: `torch.nn.functional.linear`, by the faster of the two libraries that PyTorch ships.
 
 In fp32 on a CPU, PyTorch calls MKL, which on processors of other makers than Intel may reach less than half of what
-oneDNN reaches (benchmarks/cpu.py prints both). So oneDNN is called where PyTorch has it.
+oneDNN reaches (benchmarks/cpu.py prints both). So oneDNN is called where PyTorch has it; and for inference on few rows
+our own kernel, which needs no set-up.
 """
 
 from __future__ import annotations
 
 import math
+import struct
 from typing import Any
 
 import torch
@@ -15,7 +17,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
+from . import cpu
 from .library import register
+
+# of a product that our own kernel makes; beyond, the library's set-up does not matter
+MOST_ROWS = 2048
+_RECORD = struct.Struct(cpu.PRODUCT).pack
 
 
 def _has_onednn() -> bool:
@@ -47,7 +54,24 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     # PyTorch's private operator has no FLOPs, and compilers take it only with weights that they packed themselves
     if differentiated or torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return torch.ops.mambatrim.linear(x, weight, bias)
+    if x.numel() <= MOST_ROWS * weight.shape[1] and cpu.direct(*given) and (bias is None or bias.dtype == x.dtype):
+        return _compiled(x, weight, bias)
     return _onednn(x, weight, bias)
+
+
+def _compiled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    x, weight = x.contiguous(), weight.contiguous()
+    bias = bias if bias is None else bias.contiguous()
+    outputs, inputs = weight.shape
+    y = x.new_empty(*x.shape[:-1], outputs)
+    if x.shape[-1] != inputs or (bias is not None and bias.shape != (outputs,)):
+        raise ValueError(
+            f"x must be (..., I), weight (O, I) and bias (O), "
+            f"got {tuple(x.shape)}, {tuple(weight.shape)} and {None if bias is None else tuple(bias.shape)}"
+        )
+    head = (1, x.numel() // inputs, inputs, outputs, False, torch.get_num_threads())
+    cpu.call("product", _RECORD(*head, x.data_ptr(), 0, y.data_ptr(), cpu.pointer(bias), 0, weight.data_ptr(), 0, 0, 0))
+    return y
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -41,5 +41,5 @@ def _compiled(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
     if y.numel():
         head = (directions, rows, inputs, outputs, x.dtype == torch.bfloat16, torch.get_num_threads())
         pointers = [weight.data_ptr() for weight in weights] + [0] * (MAX_DIRECTIONS - directions)
-        cpu.call("product", _RECORD(*head, x.data_ptr(), rows * inputs, y.data_ptr(), 0, *pointers))
+        cpu.call("product", _RECORD(*head, x.data_ptr(), rows * inputs, y.data_ptr(), 0, 0, *pointers))
     return list(y.unbind(0))

@@ -69,7 +69,8 @@ struct NormArgs {
 struct ProductArgs {
     int64_t directions, rows, inputs, outputs, bfloat16, threads;
     int64_t x, x_direction;  // (S, rows, I) T, rows contiguous; elements between directions, 0 where they share x
-    int64_t y, base;         // out (S, rows, O) and what is added to it, or null; contiguous
+    int64_t y;               // out (S, rows, O), contiguous
+    int64_t base, base_row;  // what is added to it, or null; elements from row to row, 0 for a bias
     int64_t weight[4];       // (O, I) T, contiguous
 };
 

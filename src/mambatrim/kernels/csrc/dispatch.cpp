@@ -35,12 +35,19 @@ namespace {
 
 enum Level { GENERIC, AVX2, AVX512, AVX512_BF16 };
 
+#ifdef MAMBATRIM_HAVE_X86
+bool multiplies_bf16() {  // AVX512_BF16
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+}
+#endif
+
 Level best() {
 #ifdef MAMBATRIM_HAVE_X86
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl"))
-        return __builtin_cpu_supports("avx512bf16") ? AVX512_BF16 : AVX512;
+        return multiplies_bf16() ? AVX512_BF16 : AVX512;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return AVX2;
 #endif
     return GENERIC;

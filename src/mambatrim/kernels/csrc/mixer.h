@@ -67,7 +67,7 @@ struct Mixer {
         narrow.directions = p.directions, narrow.inputs = p.channels, narrow.outputs = proj, narrow.threads = p.threads;
         narrow.x = (int64_t)u, narrow.y = (int64_t)projected;
         out.directions = 1, out.inputs = p.channels, out.outputs = p.columns, out.threads = p.threads;
-        out.x = (int64_t)y, out.weight[0] = p.out_weight;
+        out.x = (int64_t)y, out.weight[0] = p.out_weight, out.base_row = p.columns;
         conv.length = p.length, conv.channels = p.channels, conv.width = p.taps, conv.directions = p.directions;
         conv.silu = 1, conv.threads = p.threads, conv.y = (int64_t)u;
         conv.x = (int64_t)hidden, conv.x_batch = p.length * p.channels, conv.x_token = p.channels;

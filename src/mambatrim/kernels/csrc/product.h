@@ -9,18 +9,23 @@
 
 namespace {
 
+#if defined(__clang__) || __GNUC__ >= 12
+#define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define PICK(a, b, ...) __builtin_shuffle(a, b, vi{__VA_ARGS__})
+#endif
 #if defined(__AVX512F__)
 constexpr int TALL = 8, WIDE = 3;  // rows, and vectors of outputs, of a tile
-#define LOW_PAIRS(a, b) __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
-#define HIGH_PAIRS(a, b) __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
+#define LOW_PAIRS(a, b) PICK(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
+#define HIGH_PAIRS(a, b) PICK(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
 #elif defined(__AVX2__)
 constexpr int TALL = 6, WIDE = 2;
-#define LOW_PAIRS(a, b) __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11)
-#define HIGH_PAIRS(a, b) __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15)
+#define LOW_PAIRS(a, b) PICK(a, b, 0, 8, 1, 9, 2, 10, 3, 11)
+#define HIGH_PAIRS(a, b) PICK(a, b, 4, 12, 5, 13, 6, 14, 7, 15)
 #else
 constexpr int TALL = 6, WIDE = 2;
-#define LOW_PAIRS(a, b) __builtin_shufflevector(a, b, 0, 4, 1, 5)
-#define HIGH_PAIRS(a, b) __builtin_shufflevector(a, b, 2, 6, 3, 7)
+#define LOW_PAIRS(a, b) PICK(a, b, 0, 4, 1, 5)
+#define HIGH_PAIRS(a, b) PICK(a, b, 2, 6, 3, 7)
 #endif
 
 // W rows of W elements become columns. Each round interleaves the first half of the rows with the second.
@@ -126,7 +131,7 @@ void panel_rows(const ProductArgs& p, int64_t s, const vf* packed, int64_t colum
     const int64_t units = p.inputs / Operand<T>::PER_UNIT, live = smaller(V * W, p.outputs - column);
     const Unit* x = (const Unit*)p.x + s * p.x_direction / Operand<T>::PER_UNIT;
     Y* y = (Y*)p.y + s * p.rows * p.outputs + column;
-    const Y* base = p.base ? (const Y*)p.base + s * p.rows * p.outputs + column : nullptr;
+    const Y* base = p.base ? (const Y*)p.base + s * p.rows * p.base_row + column : nullptr;
     for (int64_t t = first; t < end; t += H) {
         const Unit* rows[H];  // past the end the last one again
         for (int i = 0; i < H; i++) rows[i] = x + smaller(t + i, end - 1) * units;
@@ -139,8 +144,8 @@ void panel_rows(const ProductArgs& p, int64_t s, const vf* packed, int64_t colum
 #pragma GCC unroll 3
             for (int v = 0; v < V; v++) {
                 const int m = (int)smaller(W, live - v * W);
-                const int64_t at = (t + i) * p.outputs + v * W;
-                store(y + at, base ? sum[i][v] + load(base + at, m) : sum[i][v], m);
+                const vf more = base ? load(base + (t + i) * p.base_row + v * W, m) : vf{};
+                store(y + (t + i) * p.outputs + v * W, sum[i][v] + more, m);
             }
         }
     }
