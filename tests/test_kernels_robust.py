@@ -55,10 +55,8 @@ def step(seed: int) -> list[Tensor]:
     clusters = kernels.agglomerate(x, torch.ones(3, 41), order[:, :, None] * 0.02, 19)
     convolved = kernels.causal_conv1d(x, [torch.full((70, 4), 0.3)], virtual=over)
     before = steps.Before(x.contiguous(), torch.ones(3, 41), order, order, (20,))
-    whole = (
-        steps.ranked_step(before, x.abs().mean(2)[:, None], 9, 9),
-        steps.clustered_step(before, 9, 1, 0.1, 0.1, (5, 8)),
-    )
+    ranked = steps.ranked_step(before, x.abs().mean(2)[:, None], 9, 9)
+    clustered = steps.clustered_step(before, 9, 1, 0.1, 0.1, (5, 8))
     mixed = kernels.mix(x, [make_mixer(70, 96), make_mixer(70, 96, seed=seed)], kernels.Over(None, over, over))
     results = [*kernels.scan(u, lines, z, virtual=over), convolved, nearest, similarity, *plan, *merged[:2], *clusters]
     return [*results, *ranked, *clustered, *mixed]
