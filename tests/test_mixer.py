@@ -119,6 +119,8 @@ def test_in_bf16_it_is_as_near_as_the_composition(one_kernel, virtual):
 
 
 def test_an_image_does_not_depend_on_its_batch(one_kernel):
+    if one_kernel == "pytorch":
+        pytest.skip("matrix libraries choose by the number of rows")
     parameters, x = make(20, 200), stream(9, 300, 20)
     with torch.no_grad():
         y, dt_mean = kernels.mix(x, [parameters])
@@ -208,6 +210,7 @@ def test_autocast_multiplies_in_bf16():
         ({"norm": torch.ones(23)}, ValueError),
         ({"lines": [*make().lines[:5], torch.ones(41, 16), *make().lines[6:]]}, ValueError),
         ({"lines": [torch.ones(41, 1, 4), *make().lines[1:]]}, ValueError),
+        ({"lines": [*make().lines[:5], torch.ones(40), *make().lines[6:]]}, (ValueError, IndexError)),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(change, error):

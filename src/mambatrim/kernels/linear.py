@@ -1,8 +1,8 @@
 """Matrix products with a weight: `torch.nn.functional.linear`, by the faster of the two libraries that PyTorch ships.
 
 In fp32 on a CPU, PyTorch calls MKL, which on processors of other makers than Intel may reach less than half of what
-oneDNN reaches (benchmarks/cpu.py prints both). So oneDNN is called where PyTorch has it; and for inference on few rows
-our own kernel, which needs no set-up.
+oneDNN reaches (benchmarks/cpu.py prints both). So oneDNN is called where PyTorch has it, and on few rows our own
+kernel, which needs no set-up.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
 from . import cpu
@@ -39,7 +38,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     An exported graph gets PyTorch's own operator, which every back end knows.
     """
     plain = (
-        not _ONEDNN
+        not (_ONEDNN or cpu.compiled())
         or torch.compiler.is_exporting()
         or x.dtype != torch.float32
         or weight.dtype != torch.float32
@@ -50,13 +49,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if plain:
         return F.linear(x, weight, bias)
     given = (x, weight) if bias is None else (x, weight, bias)
-    differentiated = torch.is_grad_enabled() and any(each.requires_grad for each in given)
-    # PyTorch's private operator has no FLOPs, and compilers take it only with weights that they packed themselves
-    if differentiated or torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
-        return torch.ops.mambatrim.linear(x, weight, bias)
-    if x.numel() <= MOST_ROWS * weight.shape[1] and cpu.direct(*given) and (bias is None or bias.dtype == x.dtype):
+    return _cpu(x, weight, bias) if cpu.direct(*given) else torch.ops.mambatrim.linear(x, weight, bias)
+
+
+def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if any(each is not None and each.dtype != torch.float32 for each in (x, weight, bias)):
+        return F.linear(x, weight, bias)
+    if x.numel() <= MOST_ROWS * weight.shape[1] and cpu.compiled():
         return _compiled(x, weight, bias)
-    return _onednn(x, weight, bias)
+    return _onednn(x, weight, bias) if _ONEDNN else F.linear(x, weight, bias)
 
 
 def _compiled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -76,10 +77,6 @@ def _compiled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
-
-
-def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return _onednn(x, weight, bias) if _ONEDNN and x.dtype == torch.float32 else F.linear(x, weight, bias)
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

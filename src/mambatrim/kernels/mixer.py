@@ -155,6 +155,8 @@ def _takes(x: Tensor, mixers: Sequence[Mixer], weights: list[Tensor], over: Over
     if convolved is not None and scanned is not None and convolved.share is not scanned.share:
         return False
     _, in_proj, _, lines, reverse, *_ = mixers[0]
+    if (lines[0].dim(), lines[3].dim(), lines[5].dim()) != (3, 2, 2):
+        return False
     columns, (channels, states), (_, rank), (_, _, taps) = x.shape[2], lines[5].shape, lines[3].shape, lines[0].shape
     directions, kind, fp32 = len(reverse), in_proj.dtype, torch.float32
     if directions > MAX_DIRECTIONS or taps > MAX_TAPS or states > MAX_STATES:

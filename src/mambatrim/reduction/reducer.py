@@ -79,7 +79,8 @@ DENSE = Method("dense", (), _nothing, source="null object")
 
 
 class Reducer(nn.Module):
-    """Removes tokens between blocks as its schedule says; without parameters and without state.
+    """Removes tokens between blocks as its schedule says; without parameters and without state. A model need not call
+    it where the schedule removes nothing.
 
     Args:
         method: what goes.
