@@ -115,6 +115,9 @@ class _Recorder(nn.Module):
         self.reducer = reducer
         self.stages: list[Tokens] = []
 
+    def acts(self, block: int) -> bool:
+        return self.reducer.acts(block)
+
     def needs(self, block: int) -> tuple[str, ...]:
         return self.reducer.needs(block)
 

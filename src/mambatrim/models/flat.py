@@ -232,7 +232,7 @@ class FlatMamba(nn.Module):
         layout = self.reducer.layout(tokens)
         blocks, start = self.blocks(), 0
         for i in range(len(blocks)):
-            if not (self.reducer.schedule.at(i) or i in layers or i + 1 == len(blocks)):
+            if not (self.reducer.acts(i) or i in layers or i + 1 == len(blocks)):
                 continue
             x, captured = through(blocks[start : i + 1], tokens.x, self.reducer.needs(i), layout)
             left, start = tokens.with_x(x), i + 1

@@ -79,8 +79,7 @@ DENSE = Method("dense", (), _nothing, source="null object")
 
 
 class Reducer(nn.Module):
-    """Removes tokens between blocks as its schedule says; without parameters and without state. A model need not call
-    it where the schedule removes nothing.
+    """Removes tokens between blocks as its schedule says; without parameters and without state.
 
     Args:
         method: what goes.
@@ -102,6 +101,10 @@ class Reducer(nn.Module):
     def dense() -> "Reducer":
         """The null object: lets every token pass, whatever the depth."""
         return Reducer(DENSE, Schedule(()))
+
+    def acts(self, block: int) -> bool:
+        """Whether tokens go after `block`: a model need not call it elsewhere."""
+        return self.schedule.at(block) > 0
 
     def needs(self, block: int) -> tuple[str, ...]:
         """Names of the signals that `block` has to return; none where nothing is removed after it."""
