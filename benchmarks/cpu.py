@@ -128,7 +128,15 @@ def by_kernel(x: Tensor, weight: Tensor) -> Tensor:
     return kernels.project(x[None, None], [weight])[0]
 
 
-PRODUCTS: dict[str, Any] = {"F.linear": F.linear, "kernels.linear": kernels.linear, "kernel": by_kernel}
+def by_onednn(x: Tensor, weight: Tensor) -> Tensor:
+    """A product by oneDNN, which PyTorch itself calls in bf16 but not in fp32."""
+    if x.dtype != torch.float32 or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return F.linear(x, weight)
+    found: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, None, "none", [], "")
+    return found
+
+
+PRODUCTS: dict[str, Any] = {"F.linear": F.linear, "oneDNN": by_onednn, "kernel": by_kernel}
 
 
 def products(model: Any, batch: int, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
