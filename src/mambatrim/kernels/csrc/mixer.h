@@ -35,7 +35,9 @@ struct Mixer {
 
     static int64_t at_a_time(const MixerArgs& p) {
         const int64_t bytes = (2 + p.directions) * p.length * p.channels * (int64_t)sizeof(T);
-        const int64_t fit = CACHE * p.threads / (bytes ? bytes : 1);
+        // where the weights are larger than the cache, each reading of them has to serve as many images
+        const int64_t weights = 3 * p.columns * p.channels * (int64_t)sizeof(T), own = CACHE * p.threads;
+        const int64_t fit = (own > weights ? own : weights) / (bytes ? bytes : 1);
         return smaller(p.batch, fit > 1 ? fit : 1);
     }
     static int64_t vectors(int64_t n, int64_t size) { return (n * size + (int64_t)sizeof(vf) - 1) / (int64_t)sizeof(vf); }
