@@ -30,7 +30,7 @@ struct Mixer {
     ConvArgs conv{};
     ScanArgs scan{};
     vf* space;
-    T *normed, *hidden, *gate, *u, *y;
+    T *normed, *hidden, *u, *y;
     float *projected, *dt_weight;
 
     static int64_t at_a_time(const MixerArgs& p) {
