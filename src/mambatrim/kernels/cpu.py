@@ -103,6 +103,13 @@ def direct(*tensors: Tensor) -> bool:
     return all(type(x) in _PLAIN and x.is_cpu and not (grad and x.requires_grad) for x in tensors)
 
 
+def compiling(*tensors: Tensor) -> bool:
+    """Whether a compiler, and no exporter, is to call an operator on these: on a CPU, no gradient wanted."""
+    if not torch.compiler.is_compiling() or torch.compiler.is_exporting() or tensors[0].device.type != "cpu":
+        return False
+    return not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+
+
 def call(name: str, record: bytes) -> None:
     """Run an exported function on a record of csrc/abi.h.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from . import cpu
-from .library import register
+from .library import MAX_DIRECTIONS, register
 
 # of a product that our own kernel makes; beyond, the library's set-up does not matter
 MOST_ROWS = 2048
@@ -61,17 +62,28 @@ def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _compiled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    x, weight = x.contiguous(), weight.contiguous()
-    bias = bias if bias is None else bias.contiguous()
     outputs, inputs = weight.shape
-    y = x.new_empty(*x.shape[:-1], outputs)
     if x.shape[-1] != inputs or (bias is not None and bias.shape != (outputs,)):
         raise ValueError(
             f"x must be (..., I), weight (O, I) and bias (O), "
             f"got {tuple(x.shape)}, {tuple(weight.shape)} and {None if bias is None else tuple(bias.shape)}"
         )
-    head = (1, x.numel() // inputs, inputs, outputs, False, torch.get_num_threads())
-    cpu.call("product", _RECORD(*head, x.data_ptr(), 0, y.data_ptr(), cpu.pointer(bias), 0, weight.data_ptr(), 0, 0, 0))
+    return products(x[None], [weight], bias)[0]
+
+
+def products(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None = None) -> Tensor:
+    """By the compiled kernel: x (S, ..., I) times S weights (O, I) transposed, all fp32 or bf16 (of even I), plus bias
+    (O) fp32 -> (S, ..., O) fp32."""
+    x, weights = x.contiguous(), [weight.contiguous() for weight in weights]
+    bias = bias if bias is None else bias.contiguous()
+    directions, (outputs, inputs) = len(weights), weights[0].shape
+    y = x.new_empty((*x.shape[:-1], outputs), dtype=torch.float32)
+    if y.numel():
+        rows = y.numel() // (directions * outputs)
+        head = (directions, rows, inputs, outputs, x.dtype == torch.bfloat16, torch.get_num_threads())
+        pointers = [weight.data_ptr() for weight in weights] + [0] * (MAX_DIRECTIONS - directions)
+        ends = (x.data_ptr(), rows * inputs, y.data_ptr(), cpu.pointer(bias), 0)
+        cpu.call("product", _RECORD(*head, *ends, *pointers))
     return y
 
 

@@ -23,13 +23,6 @@ _ROWS, _NEAREST, _LINKS, _LIFT, _MERGE = (
 )
 
 
-def compiling(feature: Tensor) -> bool:
-    """Whether a compiler, and no exporter, is to call `mambatrim::nearest` on features that need no gradient."""
-    if not torch.compiler.is_compiling() or torch.compiler.is_exporting() or feature.device.type != "cpu":
-        return False
-    return not (torch.is_grad_enabled() and feature.requires_grad)
-
-
 def take_rows(x: Tensor, positions: Tensor, directions: int = 1, or_zeros: bool = False) -> Tensor:
     """Rows of x (B S, L, ...), contiguous, at the positions (B, n) of each image: (B S, n, ...); where it is to be
     `or_zeros`, position L is a row of zeros."""

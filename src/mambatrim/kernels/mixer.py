@@ -108,7 +108,7 @@ def mix(x: Tensor, mixers: Sequence[Mixer], over: Over = AS_IT_STANDS) -> tuple[
     if cpu.direct(x, *weights, *_tensors(over)):
         if _takes(x, mixers, weights, over):
             return _compiled(x, mixers, weights, over)
-    elif _compiling(x, *weights, *_tensors(over)) and all(mixer[4:] == mixers[0][4:] for mixer in mixers):
+    elif cpu.compiling(x, *weights, *_tensors(over)) and _alike(mixers) and not torch.is_autocast_enabled("cpu"):
         return torch.ops.mambatrim.mixers(x, *_flat(mixers, over))
     return _composed(x, mixers, over)
 
@@ -118,6 +118,11 @@ def _composed(x: Tensor, mixers: Sequence[Mixer], over: Over) -> tuple[Tensor, T
         steps = compose(x, mixer, over)
         x, dt_mean = x + steps.update, steps.dt_mean
     return x, dt_mean
+
+
+def _alike(mixers: Sequence[Mixer]) -> bool:
+    """Whether they have one set of options, as one call of the operator has."""
+    return all(mixer[4:] == mixers[0][4:] for mixer in mixers)
 
 
 def _weights(mixers: Sequence[Mixer]) -> list[Tensor]:
@@ -133,15 +138,6 @@ def _tensors(over: Over) -> list[Tensor]:
     for virtual in over[1:]:
         found += virtual or ()
     return found
-
-
-def _compiling(*tensors: Tensor) -> bool:
-    """Whether a compiler, and no exporter, is to call the operator: on a CPU, no gradient wanted."""
-    if not torch.compiler.is_compiling() or torch.compiler.is_exporting() or tensors[0].device.type != "cpu":
-        return False
-    if torch.is_autocast_enabled("cpu"):
-        return False
-    return not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
 
 
 def _takes(x: Tensor, mixers: Sequence[Mixer], weights: list[Tensor], over: Over) -> bool:
@@ -210,8 +206,8 @@ def _ready(over: Over, batch: int, length: int) -> Over:
     for one in virtual:
         if one is not None:
             virtual_sequence.check(one, batch, length)
-    shares = [one.share for one in virtual if one is not None]
-    share = cast(shares[0], torch.float32).contiguous() if shares else None
+    share = _share(over)
+    share = share if share is None else cast(share, torch.float32).contiguous()
     convolved, scanned = (
         None if one is None or share is None else Virtual(one.source.contiguous(), share) for one in virtual
     )
@@ -220,8 +216,12 @@ def _ready(over: Over, batch: int, length: int) -> Over:
 
 def _place(over: Over) -> tuple[int, ...]:
     repeats, convolved, scanned = over
-    share = next((one.share for one in (convolved, scanned) if one is not None), None)
-    return (cpu.pointer(repeats), *_source(convolved), *_source(scanned), cpu.pointer(share))
+    return (cpu.pointer(repeats), *_source(convolved), *_source(scanned), cpu.pointer(_share(over)))
+
+
+def _share(over: Over) -> Tensor | None:
+    """Of the virtual sequences, which have one between them."""
+    return next((one.share for one in over[1:] if isinstance(one, Virtual)), None)
 
 
 def _source(virtual: Virtual | None) -> tuple[int, int]:
@@ -234,12 +234,11 @@ def _source(virtual: Virtual | None) -> tuple[int, int]:
 def _flat(mixers: Sequence[Mixer], over: Over) -> tuple[object, ...]:
     """The arguments of the operator behind x."""
     repeats, convolved, scanned = over
-    share = next((one.share for one in (convolved, scanned) if one is not None), None)
     sources = (None if one is None else one.source for one in (convolved, scanned))
     norms, in_projs, out_projs, lines, *_ = zip(*mixers, strict=True)
     flat = [one for some in lines for one in some]
     options = (list(mixers[0].reverse), mixers[0].eps, mixers[0].scale)
-    return (list(norms), list(in_projs), list(out_projs), flat, *options, repeats, *sources, share)
+    return (list(norms), list(in_projs), list(out_projs), flat, *options, repeats, *sources, _share(over))
 
 
 def _operator(

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from . import cpu
-from .library import MAX_DIRECTIONS, cast, wide
-from .linear import linear
-
-_RECORD = struct.Struct(cpu.PRODUCT).pack
+from .library import cast, wide
+from .linear import linear, products
 
 
 def project(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
@@ -23,7 +20,7 @@ def project(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
     """
     # the first question decides alone where a graph is recorded
     if cpu.direct(x, *weights) and _takes(x, weights):
-        return _compiled(x.contiguous(), [weight.contiguous() for weight in weights])
+        return list(products(x, weights).unbind(0))
     exact = wide(x)
     return [cast(linear(one, weight), exact) for one, weight in zip(x.unbind(0), weights, strict=True)]
 
@@ -32,14 +29,3 @@ def _takes(x: Tensor, weights: Sequence[Tensor]) -> bool:
     if any(weight.dtype != x.dtype for weight in weights) or torch.is_autocast_enabled("cpu"):
         return False
     return x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and x.shape[3] % 2 == 0 and cpu.multiplies_bf16())
-
-
-def _compiled(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
-    directions, batch, length, inputs = x.shape
-    rows, outputs = batch * length, weights[0].shape[0]
-    y = x.new_empty(directions, batch, length, outputs, dtype=torch.float32)
-    if y.numel():
-        head = (directions, rows, inputs, outputs, x.dtype == torch.bfloat16, torch.get_num_threads())
-        pointers = [weight.data_ptr() for weight in weights] + [0] * (MAX_DIRECTIONS - directions)
-        cpu.call("product", _RECORD(*head, x.data_ptr(), rows * inputs, y.data_ptr(), 0, 0, *pointers))
-    return list(y.unbind(0))

@@ -40,7 +40,7 @@ def cosine(feature: Tensor, source: Tensor, target: Tensor, nth: int = 1) -> Lin
     if nth == 1 and target.shape[1] and feature.dtype == torch.float32:
         if cpu.direct(feature, source, target):
             return Links(*merging.nearest(feature, source, target))
-        if merging.compiling(feature):
+        if cpu.compiling(feature):
             return Links(*torch.ops.mambatrim.nearest(feature, source, target))
     a, b = unit(take_rows(feature, source)), unit(take_rows(feature, target))  # (B, n, F), (B, m, F)
     return _best(a, b, target, nth, lambda a, b: a @ b.transpose(1, 2))

@@ -140,24 +140,4 @@ int mixer(const MixerArgs& p) {
     return 0;
 }
 
-template <typename T>
-int mixer_of(const MixerArgs& p) {
-    switch (p.states) {
-        case 1: return mixer<T, 1>(p);
-        case 8: return mixer<T, 8>(p);
-        case 16: return mixer<T, 16>(p);
-        default: return mixer<T, 0>(p);
-    }
-}
-
-// The mixers of a record one after another.
-int mixers(const MixersArgs& p) {
-    const MixerArgs* one = (const MixerArgs*)(&p + 1);
-    for (int64_t i = 0; i < p.count; i++) {
-        const int failed = one[i].bfloat16 ? mixer_of<bf16>(one[i]) : mixer_of<float>(one[i]);
-        if (failed) return failed;
-    }
-    return 0;
-}
-
 }  // namespace
