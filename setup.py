@@ -43,7 +43,7 @@ ISA_FLAGS = {
     "generic": (),
     "avx2": ("-mavx2", "-mfma"),
     "avx512": AVX512,
-    "avx512_bf16": (*AVX512, "-mavx512bf16"),
+    "avx512_bf16": (*AVX512, "-mavx512bf16", "-mavx512vnni"),
 }
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from mambatrim.kernels import cpu
+from mambatrim.kernels import cpu, merging
 from mambatrim.reduction import Assignment, Tokens, take_rows
 from mambatrim.reduction.matching import cosine
 
@@ -53,6 +55,40 @@ def test_a_row_of_zeros_is_like_nobody_and_nan_wins():
     assert cosine(feature, source, target).similarity.item() == 0.0
     feature[0, 3], feature[0, 21] = 1.0, float("nan")
     assert cosine(feature, source, target).target.item() == 21
+
+
+ROWS = {
+    "random": lambda x: x,
+    "with ties": lambda x: x[:, torch.randint(0, 20, (x.shape[1],))],
+    "alike": lambda x: 0.01 * x + 3 * torch.randn(1, 1, x.shape[2]),
+    "of small whole numbers": lambda x: x.sign(),
+    "half of them zeros": lambda x: x * torch.tensor([0.0, 1.0]).repeat(x.shape[1])[: x.shape[1], None],
+    "with a channel that stands out": lambda x: x * torch.tensor([1e4] + [1.0] * (x.shape[2] - 1)),
+    "tiny": lambda x: 1e-30 * x,
+    "huge": lambda x: 1e30 * x,
+    "one not a number": lambda x: x.index_put((torch.tensor(1), torch.tensor(77)), torch.tensor(float("nan"))),
+    "one infinite": lambda x: x.index_put((torch.tensor(0), torch.tensor(9)), torch.tensor(float("-inf"))),
+}
+
+
+@pytest.mark.skipif(cpu.compiled() and cpu.level() != cpu.LEVELS[-1], reason="no numbers of 8 bits are used here")
+@settings(max_examples=60, deadline=None)
+@given(
+    kind=st.sampled_from(list(ROWS)), columns=st.integers(1, 70), sources=st.integers(1, 90),
+    targets=st.integers(256, 400), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_a_cheaper_look_first_rules_out_no_target_that_is_the_best(kind, columns, sources, targets, seed):
+    torch.manual_seed(seed)
+    feature, order = ROWS[kind](torch.randn(2, 500, columns)).contiguous(), positions(2, 500, 500)
+    arguments = feature, order[:, :sources], order[:, -targets:]
+    screened = merging.nearest(*arguments)
+    try:
+        cpu.level("avx512")  # has no such look
+        exact = merging.nearest(*arguments)
+    finally:
+        cpu.level(cpu.LEVELS[-1])
+    assert torch.equal(screened[0], exact[0])
+    torch.testing.assert_close(screened[1], exact[1], rtol=0, atol=0, equal_nan=True)
 
 
 def test_compilers_call_the_same_kernel():

@@ -7,25 +7,10 @@
 #include <cmath>
 
 #include "abi.h"
+#include "memory.h"
 #include "vec.h"
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
 
 namespace {
-
-// Bit l is set where lane l is (all lanes are 0 or -1).
-INLINE uint32_t lanes_set(vi mask) {
-#if defined(__AVX512F__)
-    return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask);
-#elif defined(__AVX2__)
-    return (uint32_t)_mm256_movemask_ps((__m256)mask);
-#else
-    uint32_t bits = 0;
-    for (int l = 0; l < W; l++) bits |= (uint32_t)(mask[l] & 1) << l;
-    return bits;
-#endif
-}
 
 INLINE float inverse_length(float square) {
     const float length = std::sqrt(square > 0.0f ? square : 0.0f);
@@ -35,8 +20,8 @@ INLINE float inverse_length(float square) {
 // The first place where x is smallest; x has `stride` entries, whole vectors, infinite where nothing may be chosen.
 INLINE int64_t smallest(const float* x, int64_t stride) {
     vf best = splat(INFINITY);
-    vi at{}, lane{};
-    for (int l = 0; l < W; l++) lane[l] = l;
+    const vi lane = lanes();
+    vi at{};
     for (int64_t j = 0; j < stride; j += W) {
         const vf value = load(x + j, W);
         const vi less = value < best;

@@ -2,6 +2,7 @@
 // In a reversed direction a token sees itself and the K - 1 tokens behind it, without any flip.
 #pragma once
 #include "abi.h"
+#include "memory.h"
 #include "vec.h"
 
 namespace {

@@ -36,9 +36,9 @@ namespace {
 enum Level { GENERIC, AVX2, AVX512, AVX512_BF16 };
 
 #ifdef MAMBATRIM_HAVE_X86
-bool multiplies_bf16() {  // AVX512_BF16
+bool multiplies_bf16() {  // AVX512_BF16, and AVX512_VNNI, which all that have it have too
     unsigned a, b, c, d;
-    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1) && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (c >> 11 & 1);
 }
 #endif
 

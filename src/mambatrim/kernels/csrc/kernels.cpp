@@ -1,8 +1,9 @@
-// Compiled once per instruction set: -DMAMBATRIM_ISA=generic, avx2 or avx512 names the exported functions.
+// Compiled once per instruction set: -DMAMBATRIM_ISA=generic, avx2, avx512 or avx512_bf16 names the exported functions.
 #include "cluster.h"
 #include "conv.h"
 #include "merge.h"
 #include "mixer.h"
+#include "nearest.h"
 #include "norm.h"
 #include "product.h"
 #include "scan.h"

@@ -1,28 +1,13 @@
-// The step between two blocks: rows by position, the most similar target of each source, and assignments (definitions:
-// reduction/assignment.py, reduction/matching.py). Results do not depend on the number of threads.
+// The step between two blocks: rows by position, and assignments (definition: reduction/assignment.py). Results do not
+// depend on the number of threads.
 //
 // Return codes: 0 done, 1 no memory, 2 a position that is not there or is named twice.
 #pragma once
 #include "abi.h"
+#include "memory.h"
 #include "vec.h"
 
 namespace {
-
-constexpr int64_t WORTH_THREADS = 1 << 16;  // bytes moved, or a quarter of the multiply-adds, that pay for waking them
-
-INLINE float square_root(float x) { return __builtin_sqrtf(x); }
-INLINE bool outside(int64_t position, int64_t length) { return (uint64_t)position >= (uint64_t)length; }
-
-// Memory of n elements, freed with its scope.
-template <typename T>
-struct Memory {
-    T* data;
-    explicit Memory(int64_t n) : data((T*)malloc((size_t)(n > 0 ? n : 1) * sizeof(T))) {}
-    ~Memory() { free(data); }
-    Memory(const Memory&) = delete;
-    Memory& operator=(const Memory&) = delete;
-    operator T*() const { return data; }
-};
 
 // ------------------------------------------------------------------------------------------------------------ rows
 
@@ -48,159 +33,6 @@ int take_rows(const RowsArgs& p) {
             else memcpy(y + i * p.bytes, x + positions[i] * p.bytes, (size_t)p.bytes);
         }
     }
-    return failed;
-}
-
-// --------------------------------------------------------------------------------------------------------- nearest
-//
-// Cosine similarity of sources with targets, a panel of targets against a few sources at a time; only the best so far is
-// kept. Vectors run over targets, and every product adds up its columns in the same order, so equal rows have equal
-// similarities wherever they stand.
-
-constexpr int SIDE = 2, PANEL = SIDE * W;  // vectors and targets of a panel
-#if defined(__AVX512F__)
-constexpr int GROUP = 8;  // sources that share each load of the panel: all sums stay in registers
-#else
-constexpr int GROUP = 4;
-#endif
-constexpr int64_t PER_TASK = 32;         // sources
-constexpr float SMALLEST_NORM = 1e-12f;  // as in reduction/matching.py
-
-// A row divided by its length.
-INLINE void unit_row(const float* x, int64_t n, float* out) {
-    vf total{};
-    for (int64_t i = 0; i < n; i += W) {
-        const vf v = load(x + i, (int)smaller(W, n - i));
-        total += v * v;
-    }
-    const float norm = square_root(sum(total));
-    const float inverse = 1.0f / (norm < SMALLEST_NORM ? SMALLEST_NORM : norm);
-    for (int64_t i = 0; i < n; i += W) {
-        const int m = (int)smaller(W, n - i);
-        store(out + i, load(x + i, m) * inverse, m);
-    }
-}
-
-// The better of the best so far and a new vector of similarities; of equals the earlier one. NaN beats all, as in torch.max.
-INLINE void update(vf& best, vi& where, vf value, int32_t vector) {
-    const vi better = (value > best) | ((value != value) & (best == best));
-    best = select(better, value, best);
-    where = better ? vi{} + vector : where;
-}
-
-// Similarities of GROUP unit rows with a panel of targets, of which `live` are there.
-INLINE void compare(const float* rows, const vf* panel, int64_t columns, int64_t number, int live, vf* best, vi* where) {
-    vf acc[GROUP][SIDE];
-    for (int g = 0; g < GROUP; g++)
-        for (int v = 0; v < SIDE; v++) acc[g][v] = vf{};
-    for (int64_t f = 0; f < columns; f++) {
-        const vf b0 = panel[f * SIDE], b1 = panel[f * SIDE + 1];
-#pragma GCC unroll 8
-        for (int g = 0; g < GROUP; g++) {
-            const float a = rows[g * columns + f];
-            acc[g][0] += b0 * a;
-            acc[g][1] += b1 * a;
-        }
-    }
-    for (int v = 0; v < SIDE && v * W < live; v++) {
-        vi there{};
-        for (int i = 0; i < W; i++) there[i] = v * W + i < live ? -1 : 0;
-        for (int g = 0; g < GROUP; g++)
-            update(best[g], where[g], select(there, acc[g][v], splat(-__builtin_inff())), (int32_t)(number * SIDE + v));
-    }
-}
-
-// The best of all lanes: writes the similarity, returns the index of the target.
-INLINE int64_t first_best(vf best, vi where, float* similarity) {
-    float value = best[0];
-    int64_t index = (int64_t)where[0] * W;
-    for (int i = 1; i < W; i++) {
-        const int64_t here = (int64_t)where[i] * W + i;
-        const bool nan = best[i] != best[i], had = value != value;
-        const bool equal = nan ? had : best[i] == value;
-        if (equal ? here < index : nan || best[i] > value) value = best[i], index = here;
-    }
-    *similarity = value;
-    return index;
-}
-
-// Unit rows of a panel of targets, transposed: (F, PANEL), zeros beyond the last target.
-int pack_panel(const NearestArgs& p, int64_t b, int64_t panel, vf* packed) {
-    const int64_t* target = (const int64_t*)p.target + b * p.target_batch + panel * PANEL;
-    const int64_t live = smaller(PANEL, p.targets - panel * PANEL);
-    Memory<float> row(p.columns);
-    if (!row) return 1;
-    float* out = (float*)packed;
-    for (int64_t i = 0; i < PANEL; i++) {
-        if (i < live) {
-            if (outside(target[i], p.length)) return 2;
-            unit_row((const float*)p.x + (b * p.length + target[i]) * p.columns, p.columns, row);
-        }
-        for (int64_t f = 0; f < p.columns; f++) out[f * PANEL + i] = i < live ? row[f] : 0.0f;
-    }
-    return 0;
-}
-
-// The best target of each of PER_TASK sources from `first` on.
-int search(const NearestArgs& p, int64_t b, int64_t first, const vf* packed) {
-    const int64_t columns = p.columns, count = smaller(PER_TASK, p.sources - first), padded = (count + GROUP - 1) / GROUP * GROUP;
-    const int64_t* source = (const int64_t*)p.source + b * p.source_batch + first;
-    const int64_t* target = (const int64_t*)p.target + b * p.target_batch;
-    Memory<float> rows(padded * columns);
-    if (!rows) return 1;
-    vf best[PER_TASK];
-    vi where[PER_TASK];
-    for (int64_t i = 0; i < padded; i++) {
-        best[i] = splat(-__builtin_inff());
-        where[i] = vi{};
-        if (i >= count) {
-            memset(rows + i * columns, 0, (size_t)columns * sizeof(float));
-            continue;
-        }
-        if (outside(source[i], p.length)) return 2;
-        unit_row((const float*)p.x + (b * p.length + source[i]) * columns, columns, rows + i * columns);
-    }
-    for (int64_t panel = 0; panel * PANEL < p.targets; panel++)
-        for (int64_t i = 0; i < count; i += GROUP)
-            compare(rows + i * columns, packed + panel * columns * SIDE, columns, panel,
-                    (int)smaller(PANEL, p.targets - panel * PANEL), best + i, where + i);
-    for (int64_t i = 0; i < count; i++) {
-        const int64_t at = b * p.sources + first + i;
-        ((int64_t*)p.nearest)[at] = target[first_best(best[i], where[i], (float*)p.similarity + at)];
-    }
-    return 0;
-}
-
-int nearest(const NearestArgs& p) {
-    const int64_t columns = p.columns, panels = (p.targets + PANEL - 1) / PANEL, size = columns * SIDE;
-    const int64_t tasks = (p.sources + PER_TASK - 1) / PER_TASK;
-    const int64_t worth = p.batch * p.sources * p.targets * columns / 4;
-    static thread_local Kept kept;
-    vf* packed = kept.take(p.batch * panels * size);
-    if (!packed) return 1;
-    int failed = 0;
-#pragma omp parallel num_threads((int)p.threads) if (p.threads > 1 && worth > WORTH_THREADS)
-    {
-#pragma omp for collapse(2) schedule(static)
-        for (int64_t b = 0; b < p.batch; b++)
-            for (int64_t panel = 0; panel < panels; panel++) {
-                const int code = pack_panel(p, b, panel, packed + (b * panels + panel) * size);
-                if (code) {
-#pragma omp atomic write
-                    failed = code;
-                }
-            }
-#pragma omp for collapse(2) schedule(dynamic, 1)
-        for (int64_t b = 0; b < p.batch; b++)
-            for (int64_t task = 0; task < tasks; task++) {
-                const int code = failed ? failed : search(p, b, task * PER_TASK, packed + b * panels * size);
-                if (code) {
-#pragma omp atomic write
-                    failed = code;
-                }
-            }
-    }
-    kept.drop();
     return failed;
 }
 

@@ -1,6 +1,7 @@
 // RMSNorm over the last dimension of a fp32 stream: y = x rsqrt(mean(x^2) + eps) weight, forward and backward.
 #pragma once
 #include "abi.h"
+#include "memory.h"
 #include "vec.h"
 
 namespace {

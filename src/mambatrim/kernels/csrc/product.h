@@ -5,6 +5,7 @@
 // weights may change at any time. Every sum adds up its inputs in order, whatever the tile: equal rows give equal results.
 #pragma once
 #include "abi.h"
+#include "memory.h"
 #include "vec.h"
 
 namespace {

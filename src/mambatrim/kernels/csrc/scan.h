@@ -6,6 +6,7 @@
 // task depends on the shape alone, never on the number of threads: results are the same on any number of them.
 #pragma once
 #include "abi.h"
+#include "memory.h"
 #include "vec.h"
 
 namespace {

@@ -5,7 +5,9 @@
 
 #include "abi.h"
 #include "cluster.h"
+#include "memory.h"
 #include "merge.h"
+#include "nearest.h"
 
 namespace {
 

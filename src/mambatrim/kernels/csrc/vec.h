@@ -1,13 +1,10 @@
 // Vectors of W floats for the instruction set that this unit is compiled for, and the elementary functions on them.
 // GCC/Clang vector extensions, so the same source serves x86 and Arm; intrinsics only where the compiler needs help.
 #pragma once
+#include <cmath>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // a false alarm inside GCC's own header
@@ -88,6 +85,32 @@ INLINE vf softplus(vf x) {
     return select(x > splat(0.0f), x, splat(0.0f)) + 2.0f * s * p;
 }
 
+INLINE vf larger(vf a, vf b) { return select(a > b, a, b); }  // b where one of them is no number
+INLINE float square_root(float x) { return __builtin_sqrtf(x); }
+INLINE vi lanes() {  // 0, 1, ..., W - 1
+    vi lane{};
+    for (int l = 0; l < W; l++) lane[l] = l;
+    return lane;
+}
+
+// Bit l is set where lane l is (all lanes are 0 or -1).
+INLINE uint32_t lanes_set(vi mask) {
+#if defined(__AVX512F__)
+    return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask);
+#elif defined(__AVX2__)
+    return (uint32_t)_mm256_movemask_ps((__m256)mask);
+#else
+    uint32_t bits = 0;
+    for (int l = 0; l < W; l++) bits |= (uint32_t)(mask[l] & 1) << l;
+    return bits;
+#endif
+}
+
+INLINE float largest(vf x) {
+    for (int w = W / 2; w; w /= 2)
+        for (int i = 0; i < w; i++) x[i] = x[i + w] > x[i] ? x[i + w] : x[i];
+    return x[0];
+}
 INLINE float sum(vf x) {
 #if defined(__AVX512F__)
     return _mm512_reduce_add_ps((__m512)x);
@@ -126,41 +149,5 @@ INLINE void store(bf16* p, vf x, int m) {
 }
 
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// A 64-byte aligned scratch array of n vectors, freed with its scope.
-struct Scratch {
-    vf* data;
-    explicit Scratch(int64_t n) : data((vf*)aligned_alloc(64, ((n > 0 ? n : 1) * (int64_t)sizeof(vf) + 63) / 64 * 64)) {}
-    ~Scratch() { free(data); }
-    Scratch(const Scratch&) = delete;
-    Scratch& operator=(const Scratch&) = delete;
-    operator vf*() const { return data; }
-};
-
-// Scratch that the thread keeps for its next call, unless it is large: fresh memory costs a page fault every 4 KiB, and
-// large pages spare the many misses of walks along tokens. One place in the code has one of these, a static thread_local.
-struct Kept {
-    static constexpr int64_t MOST = 16 << 20, PAGE = 2 << 20;  // bytes
-    vf* data = nullptr;
-    int64_t size = 0;
-    ~Kept() { free(data); }
-    vf* take(int64_t n) {  // n vectors, or null where there is no memory
-        const int64_t bytes = n * (int64_t)sizeof(vf), unit = bytes >= PAGE / 2 ? PAGE : 4096;
-        if (bytes <= size && data) return data;
-        free(data);
-        size = (bytes + unit - 1) / unit * unit;
-        data = (vf*)aligned_alloc((size_t)unit, (size_t)size);
-        if (!data) size = 0;
-#if defined(__linux__)
-        else if (unit == PAGE) madvise(data, (size_t)size, MADV_HUGEPAGE);  // where it is refused, all is as before
-#endif
-        return data;
-    }
-    void drop() {
-        if (size <= MOST) return;
-        free(data);
-        data = nullptr, size = 0;
-    }
-};
 
 }  // namespace
