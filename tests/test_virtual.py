@@ -232,6 +232,28 @@ def test_rows_that_are_too_far_to_be_partners_change_nothing(apart):
         assert torch.equal(made, meant)
 
 
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_blocks_of_rows_that_are_too_far_change_nothing(shuffled):
+    torch.manual_seed(6)
+    rows = 600  # of more blocks than a vector has lanes
+    x = torch.randn(2, rows, 7)
+    place = torch.stack([torch.arange(rows), torch.arange(rows) % 30], dim=1).repeat(2, 1, 1) * 0.02
+    if shuffled:
+        place = place[:, torch.randperm(rows)]
+    arguments = (x, torch.randint(1, 4, (2, rows)).float(), place, 400, 1.0)
+    for made, meant in zip(kernels.agglomerate(*arguments), clustering._pytorch(*arguments), strict=True):
+        assert torch.equal(made, meant)
+
+
+def test_images_that_are_made_in_turns_are_those_made_at_once():
+    torch.manual_seed(7)
+    x, place = torch.randn(5, 300, 2500), torch.arange(300.0).repeat(5, 1)[:, :, None] * 0.02  # 3 MB an image
+    made = kernels.agglomerate(x, torch.ones(5, 300), place, 100)
+    for b in range(5):
+        alone = kernels.agglomerate(x[b : b + 1], torch.ones(1, 300), place[:1], 100)
+        assert all(torch.equal(one[b : b + 1], other) for one, other in zip(made, alone, strict=True))
+
+
 def test_clustering_takes_rows_that_are_no_numbers():
     x = torch.randn(1, 9, 4)
     x[0, 2:5] = torch.nan

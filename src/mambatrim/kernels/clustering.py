@@ -112,7 +112,8 @@ def _cpu(x: Tensor, weight: Tensor, coordinates: Tensor, r: int, exponent: float
         record = struct.pack(
             cpu.CLUSTER,
             *(batch, rows, width, coordinates.shape[2], r, torch.get_num_threads()),
-            *(each.data_ptr() for each in (x, weight, coordinates, keep, dest)),
+            *(rows, x.data_ptr(), 0),  # the rows as they stand
+            *(each.data_ptr() for each in (weight, coordinates, keep, dest)),
             exponent,
         )
         cpu.call("agglomerate", record)

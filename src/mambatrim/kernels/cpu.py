@@ -26,7 +26,7 @@ MIXER, MIXERS = f"<23q2d{3 + 7 * MAX_DIRECTIONS}q", "<q"
 ROWS, NEAREST, LINKS, LIFT, MERGE = "<11q", "<13q", "<9q", "<12q", "<17q"
 # of whole steps
 RANKED, CLUSTERED = "<18q", "<16q3d"
-CLUSTER = "<11qd"
+CLUSTER = "<13qd"
 
 
 def _abi() -> int:

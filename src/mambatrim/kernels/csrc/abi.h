@@ -101,7 +101,9 @@ struct MixersArgs {
 
 struct ClusterArgs {
     int64_t batch, rows, width, axes, r, threads;
-    int64_t x, weight, coordinates;  // (B, M, F), (B, M), (B, M, P) fp32; contiguous
+    int64_t length, x;            // (B, L, F) fp32, contiguous
+    int64_t positions;            // (B, M) int64 of the rows in x, or null: the first ones
+    int64_t weight, coordinates;  // (B, M), (B, M, P) fp32; contiguous
     int64_t keep, dest;              // out (B, M - r), (B, M) int64, contiguous
     double exponent;
 };

@@ -69,9 +69,9 @@ int ranked_step(const RankedArgs& p) {
     return failed ? failed : merge_step(p, keep, dest);
 }
 
-// Of the patches of image b: positions, sizes, places on the sequence and on the grid, each times its price, and rows.
+// Of the patches of image b: positions, sizes, and places on the sequence and on the grid, each times its price.
 INLINE bool patches_of(const ClusteredArgs& p, int64_t b, const char* marks, int64_t* positions, float* weight,
-                       float* coordinates, float* rows) {
+                       float* coordinates) {
     const int64_t *sides = (const int64_t*)(&p + 1), *special = sides + p.sides;
     const int64_t* origin = (const int64_t*)p.origin_keep + b * p.length;
     int64_t patch = 0;
@@ -80,8 +80,6 @@ INLINE bool patches_of(const ClusteredArgs& p, int64_t b, const char* marks, int
         if (patch == p.length - p.special) return false;
         positions[patch] = t;
         weight[patch++] = ((const float*)p.size)[b * p.length + t];
-        memcpy(rows, (const float*)p.x + (b * p.length + t) * p.columns, (size_t)p.columns * sizeof(float));
-        rows += p.columns;
         int64_t id = origin[t];
         for (int64_t i = 0; i < p.special; i++) id -= origin[t] > special[i];
         *coordinates++ = (float)id * (float)p.distance;
@@ -100,19 +98,17 @@ int clustered_step(const ClusteredArgs& p) {
     Memory<char> marks(p.length);
     Memory<int64_t> positions(p.batch * patches), fixed(p.batch * p.special), plan_keep(p.batch * left),
         plan_dest(p.batch * patches), keep(p.batch * (p.length - p.r)), dest(p.batch * p.length);
-    Memory<float> weight(p.batch * patches), coordinates(p.batch * patches * axes), rows(p.batch * patches * p.columns);
-    if (!marks || !positions || !fixed || !plan_keep || !plan_dest || !keep || !dest || !weight || !coordinates || !rows)
-        return 1;
+    Memory<float> weight(p.batch * patches), coordinates(p.batch * patches * axes);
+    if (!marks || !positions || !fixed || !plan_keep || !plan_dest || !keep || !dest || !weight || !coordinates) return 1;
     for (int64_t b = 0; b < p.batch; b++) {
         if (!mark_special(p, special, b, marks)) return 2;
         for (int64_t i = 0; i < p.special; i++)
             fixed[b * p.special + i] = ((const int64_t*)p.origin_dest)[b * p.first + special[i]];
-        if (!patches_of(p, b, marks, positions + b * patches, weight + b * patches, coordinates + b * patches * axes,
-                        rows + b * patches * p.columns))
-            return 2;
+        if (!patches_of(p, b, marks, positions + b * patches, weight + b * patches, coordinates + b * patches * axes)) return 2;
     }
-    int failed = agglomerate({p.batch, patches, p.columns, axes, p.r, p.threads, (int64_t)rows.data, (int64_t)weight.data,
-                              (int64_t)coordinates.data, (int64_t)plan_keep.data, (int64_t)plan_dest.data, p.exponent});
+    int failed = agglomerate({p.batch, patches, p.columns, axes, p.r, p.threads, p.length, p.x, (int64_t)positions.data,
+                              (int64_t)weight.data, (int64_t)coordinates.data, (int64_t)plan_keep.data,
+                              (int64_t)plan_dest.data, p.exponent});
     if (failed) return failed;
     failed = lift({p.batch, p.length, p.special, left, patches, (int64_t)positions.data, (int64_t)fixed.data, p.special,
                    (int64_t)plan_keep.data, (int64_t)plan_dest.data, (int64_t)keep.data, (int64_t)dest.data});

@@ -107,9 +107,13 @@ INLINE uint32_t lanes_set(vi mask) {
 }
 
 INLINE float largest(vf x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)x);
+#else
     for (int w = W / 2; w; w /= 2)
         for (int i = 0; i < w; i++) x[i] = x[i + w] > x[i] ? x[i + w] : x[i];
     return x[0];
+#endif
 }
 INLINE float sum(vf x) {
 #if defined(__AVX512F__)
