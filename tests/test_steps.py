@@ -111,3 +111,25 @@ def test_positions_that_are_not_there_are_named():
             steps.ranked_step(before, torch.rand(1, 2, 9), 2, 2)
         with pytest.raises(IndexError, match="outside the sequence"):
             steps.clustered_step(before, 2, 1.0, 0.02, 0.02, (2, 4))
+
+
+@pytest.mark.parametrize("method", [mtr(), vsm()], ids=["mtr", "vsm"])
+def test_compiled_models_call_the_same_kernel(method):
+    x, scores, called = torch.randn(2, 37, 24), torch.rand(1, 2, 2, 37), []
+
+    def see(module, _):
+        called.extend(str(node.target) for node in module.graph.nodes if "_step" in str(node.target))
+        return module
+
+    def step(x, scores):
+        return run(method, (9,), (0,), x, scores, (4, 3, 3)).x
+
+    compiled = torch.compile(step, backend=see, fullgraph=True)
+    assert torch.equal(compiled(x, scores), step(x, scores)) and len(called) == 1
+
+
+def test_the_operators_are_sound():
+    x, size, same_place = torch.randn(2, 11, 5), torch.ones(2, 11), torch.arange(11).repeat(2, 1)
+    before = (x, size, same_place, same_place, [0])
+    torch.library.opcheck(torch.ops.mambatrim.ranked_step, (*before, torch.rand(2, 2, 11), 3, 4))
+    torch.library.opcheck(torch.ops.mambatrim.clustered_step, (*before, 3, 1.0, 0.02, 0.02, [2, 5]))

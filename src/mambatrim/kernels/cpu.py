@@ -75,6 +75,7 @@ def level(wanted: str | None = None) -> str:
     return LEVELS[library.mambatrim_level(-1 if wanted is None else LEVELS.index(wanted))]
 
 
+@torch.compiler.assume_constant_result
 def compiled() -> bool:
     """Whether the compiled kernels are there."""
     return _load()[0] is not None

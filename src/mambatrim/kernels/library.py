@@ -20,7 +20,7 @@ def register(
     name: str,
     schema: str,
     cpu: Callable[..., Any],
-    anywhere: Callable[..., Any],
+    anywhere: Callable[..., Any] | None,
     fake: Callable[..., Any],
     setup: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
@@ -28,7 +28,8 @@ def register(
     """Define `mambatrim::name` with its forms, and its gradient where there is one."""
     LIBRARY.define(f"{name}{schema}")
     LIBRARY.impl(name, cpu, "CPU")
-    LIBRARY.impl(name, anywhere, "CUDA")
+    if anywhere is not None:
+        LIBRARY.impl(name, anywhere, "CUDA")
     torch.library.register_fake(f"mambatrim::{name}", fake, lib=LIBRARY)
     if backward is not None:
         torch.library.register_autograd(f"mambatrim::{name}", backward, setup_context=setup, lib=LIBRARY)

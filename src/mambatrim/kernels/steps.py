@@ -1,7 +1,8 @@
 """Whole steps between two blocks, each one compiled kernel: the same to the bit as the operations that define it
 (methods/mtr.py, methods/virtual.py), which at batch 1 cost what calling them costs.
 
-Callers ask `takes` first.
+Callers ask `takes` first. A compiled model calls them as operators, `mambatrim::ranked_step` and
+`mambatrim::clustered_step`, which exist for the CPU alone.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import cpu
+from .library import register
 
 _RANKED, _CLUSTERED = struct.Struct(cpu.RANKED).pack, struct.Struct(cpu.CLUSTERED).pack
 
@@ -40,7 +42,8 @@ class After(NamedTuple):
 def takes(before: Before, *others: Tensor) -> bool:
     """Whether the compiled kernels make steps of these, and of other tensors in fp32."""
     x, size, keep, dest, _ = before
-    if not cpu.direct(x, size, keep, dest, *others):
+    tensors = (x, size, keep, dest, *others)
+    if not (cpu.direct(*tensors) or (cpu.compiling(*tensors) and cpu.compiled())):
         return False
     return all(each.dtype == torch.float32 for each in (x, size, *others))
 
@@ -52,15 +55,8 @@ def ranked_step(before: Before, score: Tensor, r: int, targets: int) -> After:
         score: (B, S, L), summed over S; of equals the first in the sequence goes first.
         targets: how many may be joined.
     """
-    (x, size, keep, dest), score = _contiguous(before), score.contiguous()
-    after = _empty(x, keep, dest, r)
-    record = _RANKED(
-        *(x.shape[0], dest.shape[1], *x.shape[1:], score.shape[1], len(before.special), r, targets),
-        *(torch.get_num_threads(), score.data_ptr()),
-        *_pointers(size, x, keep, dest, after),
-    )
-    cpu.call("ranked_step", record + _numbers(before.special))
-    return after
+    run = torch.ops.mambatrim.ranked_step if torch.compiler.is_compiling() else _ranked
+    return After(*run(*before, score, r, targets))
 
 
 def clustered_step(
@@ -71,19 +67,66 @@ def clustered_step(
     Args:
         distance: of two neighbours in the sequence of patches; apart: in each axis of the `grid`, or 0.
     """
-    x, size, keep, dest = _contiguous(before)
+    run = torch.ops.mambatrim.clustered_step if torch.compiler.is_compiling() else _clustered
+    return After(*run(*before, r, exponent, distance, apart, grid))
+
+
+def _ranked(
+    x: Tensor, size: Tensor, keep: Tensor, dest: Tensor, special: Sequence[int], score: Tensor, r: int, targets: int
+) -> After:
+    x, size, keep, dest, score = (each.contiguous() for each in (x, size, keep, dest, score))
     after = _empty(x, keep, dest, r)
-    record = _CLUSTERED(
-        *(x.shape[0], dest.shape[1], *x.shape[1:], len(before.special), r, len(grid), torch.get_num_threads()),
+    record = _RANKED(
+        *(x.shape[0], dest.shape[1], *x.shape[1:], score.shape[1], len(special), r, targets),
+        *(torch.get_num_threads(), score.data_ptr()),
         *_pointers(size, x, keep, dest, after),
-        *(exponent, distance, apart),
     )
-    cpu.call("clustered_step", record + _numbers((*grid, *before.special)))
+    cpu.call("ranked_step", record + _numbers(special))
     return after
 
 
-def _contiguous(before: Before) -> list[Tensor]:
-    return [each.contiguous() for each in before[:4]]
+def _clustered(
+    x: Tensor,
+    size: Tensor,
+    keep: Tensor,
+    dest: Tensor,
+    special: Sequence[int],
+    r: int,
+    exponent: float,
+    distance: float,
+    apart: float,
+    grid: Sequence[int],
+) -> After:
+    x, size, keep, dest = (each.contiguous() for each in (x, size, keep, dest))
+    after = _empty(x, keep, dest, r)
+    record = _CLUSTERED(
+        *(x.shape[0], dest.shape[1], *x.shape[1:], len(special), r, len(grid), torch.get_num_threads()),
+        *_pointers(size, x, keep, dest, after),
+        *(exponent, distance, apart),
+    )
+    cpu.call("clustered_step", record + _numbers((*grid, *special)))
+    return after
+
+
+def _ranked_fake(
+    x: Tensor, size: Tensor, keep: Tensor, dest: Tensor, special: Sequence[int], score: Tensor, r: int, targets: int
+) -> After:
+    return _empty(x, keep, dest, r)
+
+
+def _clustered_fake(
+    x: Tensor, size: Tensor, keep: Tensor, dest: Tensor, special: Sequence[int], r: int, *_: object
+) -> After:
+    return _empty(x, keep, dest, r)
+
+
+_BEFORE, _AFTER = "Tensor x, Tensor size, Tensor keep, Tensor dest, int[] special", "(Tensor, Tensor, Tensor, Tensor)"
+register("ranked_step", f"({_BEFORE}, Tensor score, int r, int targets) -> {_AFTER}", _ranked, None, _ranked_fake)
+register(
+    "clustered_step",
+    f"({_BEFORE}, int r, float exponent, float distance, float apart, int[] grid) -> {_AFTER}",
+    *(_clustered, None, _clustered_fake),
+)
 
 
 def _empty(x: Tensor, keep: Tensor, dest: Tensor, r: int) -> After:
