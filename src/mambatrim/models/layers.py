@@ -105,13 +105,15 @@ class BiMambaMixer(nn.Module):
 
     def parameters_with(self, norm: RMSNorm | None) -> kernels.Mixer:
         """What the kernels take."""
-        get: Callable[[Any, str], Any] = getattr if torch.compiler.is_compiling() else _held
+        compiling = torch.compiler.is_compiling()
+        part: Callable[[Any, str], Any] = getattr if compiling else _part
+        get: Callable[[Any, str], Any] = getattr if compiling else _parameter
         lines: list[Tensor] = []
-        for names in _DIRECTIONS:
-            conv, x_proj, dt_proj, A_log, D = (get(self, name) for name in names)
+        for conv_name, x_proj, dt_name, A_log, D in _DIRECTIONS:
+            conv, dt_proj = part(self, conv_name), part(self, dt_name)
             bias, steps = _given(get(conv, "bias")), (get(dt_proj, "weight"), get(dt_proj, "bias"))
-            lines += kernels.MixerDirection(get(conv, "weight"), bias, get(x_proj, "weight"), *steps, A_log, D)
-        in_proj, out_proj = (get(get(self, name), "weight") for name in ("in_proj", "out_proj"))
+            lines += (get(conv, "weight"), bias, get(part(self, x_proj), "weight"), *steps, get(self, A_log), get(self, D))
+        in_proj, out_proj = get(part(self, "in_proj"), "weight"), get(part(self, "out_proj"), "weight")
         scale = None if norm is None else get(norm, "weight")
         return kernels.Mixer(scale, in_proj, out_proj, lines, (False, True), EPS, self.scale)
 
@@ -141,13 +143,20 @@ def _over(layout: Layout | None) -> kernels.Over:
     return kernels.Over(layout.repeats, convolved, scanned)
 
 
-def _held(module: nn.Module, name: str) -> Any:
+def _parameter(module: nn.Module, name: str) -> Any:
     """getattr(module, name), without the long way round that attributes of modules go: a block asks for thirty."""
-    for held in (module._parameters, module._modules):
-        found: Any = held.get(name)
-        if found is not None:
-            return found
-    return getattr(module, name)
+    try:
+        return module._parameters[name]
+    except KeyError:
+        return getattr(module, name)
+
+
+def _part(module: nn.Module, name: str) -> Any:
+    """The same of a module within."""
+    try:
+        return module._modules[name]
+    except KeyError:
+        return getattr(module, name)
 
 
 def _given(bias: Tensor | None) -> Tensor:
