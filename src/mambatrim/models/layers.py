@@ -111,8 +111,8 @@ class BiMambaMixer(nn.Module):
         lines: list[Tensor] = []
         for conv_name, x_proj, dt_name, A_log, D in _DIRECTIONS:
             conv, dt_proj = part(self, conv_name), part(self, dt_name)
-            bias, steps = _given(get(conv, "bias")), (get(dt_proj, "weight"), get(dt_proj, "bias"))
-            lines += (get(conv, "weight"), bias, get(part(self, x_proj), "weight"), *steps, get(self, A_log), get(self, D))
+            lines += (get(conv, "weight"), _given(get(conv, "bias")), get(part(self, x_proj), "weight"))
+            lines += (get(dt_proj, "weight"), get(dt_proj, "bias"), get(self, A_log), get(self, D))
         in_proj, out_proj = get(part(self, "in_proj"), "weight"), get(part(self, "out_proj"), "weight")
         scale = None if norm is None else get(norm, "weight")
         return kernels.Mixer(scale, in_proj, out_proj, lines, (False, True), EPS, self.scale)
