@@ -71,7 +71,7 @@ ROWS = {
 }
 
 
-@pytest.mark.skipif(cpu.compiled() and cpu.level() != cpu.LEVELS[-1], reason="no numbers of 8 bits are used here")
+@pytest.mark.skipif(cpu.compiled() and cpu.level() != cpu.LEVELS[-1], reason="no numbers of 16 bits are used here")
 @settings(max_examples=60, deadline=None)
 @given(
     kind=st.sampled_from(list(ROWS)), columns=st.integers(1, 70), sources=st.integers(1, 90),

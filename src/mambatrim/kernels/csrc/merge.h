@@ -111,24 +111,38 @@ int lift(const LiftArgs& p) {
 
 // ----------------------------------------------------------------------------------------------------------- merge
 
-// All of one image but its rows: sizes, composed origins, and the share in its group's mean of every token that goes.
-INLINE bool merge_numbers(const MergeArgs& p, int64_t b, float* total, float* share) {
+// What one image is merged by: of each token that goes its share in the mean of its group, and the tokens that join each
+// that stays, [joined[k - 1], joined[k]) of `tokens`, in sequence order.
+struct Groups {
+    float *total, *share;
+    int64_t *joined, *tokens;
+};
+
+// All of one image but its rows: sizes, composed origins, groups.
+INLINE bool merge_numbers(const MergeArgs& p, int64_t b, const Groups& groups) {
     const int64_t *keep = (const int64_t*)p.keep + b * p.kept, *dest = (const int64_t*)p.dest + b * p.length;
     const float *weight = (const float*)p.weight + b * p.length, *size = (const float*)p.size + b * p.length;
     float* out_size = (float*)p.out_size + b * p.kept;
     for (int64_t k = 0; k < p.kept; k++) {
         if (outside(keep[k], p.length) || dest[keep[k]] != k) return false;
-        total[k] = out_size[k] = 0.0f;
+        groups.total[k] = out_size[k] = 0.0f;
+        groups.joined[k] = 0;
         ((int64_t*)p.out_keep)[b * p.kept + k] = ((const int64_t*)p.origin_keep)[b * p.length + keep[k]];
     }
     for (int64_t t = 0; t < p.length; t++) {
         if (outside(dest[t], p.kept + 1)) return false;
         if (dest[t] == p.kept) continue;
-        total[dest[t]] += weight[t];
+        groups.total[dest[t]] += weight[t];
         out_size[dest[t]] += size[t];
+        if (keep[dest[t]] != t && dest[t] + 1 < p.kept) groups.joined[dest[t] + 1]++;
     }
-    for (int64_t t = 0; t < p.length; t++)
-        share[t] = dest[t] < p.kept && total[dest[t]] > 0.0f ? weight[t] / total[dest[t]] : 0.0f;
+    for (int64_t k = 1; k < p.kept; k++) groups.joined[k] += groups.joined[k - 1];
+    for (int64_t t = 0; t < p.length; t++) {  // moves the start of every group to its end
+        const int64_t k = dest[t];
+        if (k == p.kept || keep[k] == t) continue;
+        groups.share[t] = groups.total[k] > 0.0f ? weight[t] / groups.total[k] : 0.0f;
+        groups.tokens[groups.joined[k]++] = t;
+    }
     const int64_t* before = (const int64_t*)p.origin_dest + b * p.first;
     for (int64_t t = 0; t < p.first; t++) {
         if (outside(before[t], p.length + 1)) return false;
@@ -138,43 +152,45 @@ INLINE bool merge_numbers(const MergeArgs& p, int64_t b, float* total, float* sh
 }
 
 // Columns `from` to `to` of the rows of one image: x_target + sum of share (x_source - x_target).
-INLINE void merge_columns(const MergeArgs& p, int64_t b, const float* share, int64_t from, int64_t to) {
-    const int64_t *keep = (const int64_t*)p.keep + b * p.kept, *dest = (const int64_t*)p.dest + b * p.length;
+INLINE void merge_columns(const MergeArgs& p, int64_t b, const Groups& groups, int64_t from, int64_t to) {
+    const int64_t* keep = (const int64_t*)p.keep + b * p.kept;
     const float* x = (const float*)p.x + b * p.length * p.columns;
     float* y = (float*)p.out_x + b * p.kept * p.columns;
     for (int64_t k = 0; k < p.kept; k++)
-        memcpy(y + k * p.columns + from, x + keep[k] * p.columns + from, (size_t)(to - from) * sizeof(float));
-    for (int64_t t = 0; t < p.length; t++) {
-        const int64_t k = dest[t];
-        if (k == p.kept || keep[k] == t) continue;
-        const float *own = x + keep[k] * p.columns, *other = x + t * p.columns;
         for (int64_t i = from; i < to; i += W) {
             const int m = (int)smaller(W, to - i);
-            const vf target = load(own + i, m);
-            store(y + k * p.columns + i, load(y + k * p.columns + i, m) + share[t] * (load(other + i, m) - target), m);
+            const vf target = load(x + keep[k] * p.columns + i, m);
+            vf row = target;
+            for (int64_t j = k ? groups.joined[k - 1] : 0; j < groups.joined[k]; j++) {
+                const int64_t t = groups.tokens[j];
+                row += groups.share[t] * (load(x + t * p.columns + i, m) - target);
+            }
+            store(y + k * p.columns + i, row, m);
         }
-    }
 }
 
 int merge(const MergeArgs& p) {
     const int64_t stripe = 256, stripes = (p.columns + stripe - 1) / stripe;
     const int64_t worth = p.batch * p.kept * p.columns * (int64_t)sizeof(float);
     Memory<float> share(p.batch * p.length), total(p.batch * p.kept);
-    if (!share || !total) return 1;
+    Memory<int64_t> joined(p.batch * p.kept), tokens(p.batch * p.length);
+    if (!share || !total || !joined || !tokens) return 1;
+    auto groups = [&](int64_t b) {
+        return Groups{total + b * p.kept, share + b * p.length, joined + b * p.kept, tokens + b * p.length};
+    };
     int failed = 0;
 #pragma omp parallel num_threads((int)p.threads) if (p.threads > 1 && worth > WORTH_THREADS)
     {
 #pragma omp for schedule(static)
         for (int64_t b = 0; b < p.batch; b++)
-            if (!merge_numbers(p, b, total + b * p.kept, share + b * p.length)) {
+            if (!merge_numbers(p, b, groups(b))) {
 #pragma omp atomic write
                 failed = 2;
             }
 #pragma omp for collapse(2) schedule(static)
         for (int64_t b = 0; b < p.batch; b++)
             for (int64_t part = 0; part < stripes; part++)
-                if (!failed)
-                    merge_columns(p, b, share + b * p.length, part * stripe, smaller(p.columns, (part + 1) * stripe));
+                if (!failed) merge_columns(p, b, groups(b), part * stripe, smaller(p.columns, (part + 1) * stripe));
     }
     return failed;
 }

@@ -22,19 +22,28 @@ constexpr int GROUP = 4;
 constexpr int64_t PER_TASK = 32;         // sources
 constexpr float SMALLEST_NORM = 1e-12f;  // as in reduction/matching.py
 
-// A row divided by its length.
-INLINE void unit_row(const float* x, int64_t n, float* out) {
+// Of the rows at `positions`, which lie anywhere, the one that is needed some time after row i, fetched already.
+INLINE void fetch_row(const NearestArgs& p, int64_t b, const int64_t* positions, int64_t i, int64_t count) {
+    constexpr int64_t AHEAD = 4;
+    if (i + AHEAD >= count || outside(positions[i + AHEAD], p.length)) return;
+    const float* row = (const float*)p.x + (b * p.length + positions[i + AHEAD]) * p.columns;
+    for (int64_t f = 0; f < p.columns; f += 16) __builtin_prefetch(row + f);
+}
+
+// A row divided by its length; false where that is no finite number.
+INLINE bool unit_row(const float* x, int64_t n, float* out) {
     vf total{};
     for (int64_t i = 0; i < n; i += W) {
         const vf v = load(x + i, (int)smaller(W, n - i));
         total += v * v;
     }
-    const float norm = square_root(sum(total));
+    const float square = sum(total), norm = square_root(square);
     const float inverse = 1.0f / (norm < SMALLEST_NORM ? SMALLEST_NORM : norm);
     for (int64_t i = 0; i < n; i += W) {
         const int m = (int)smaller(W, n - i);
         store(out + i, load(x + i, m) * inverse, m);
     }
+    return square < INFINITY;
 }
 
 // ----------------------------------------------------------------------------------------------- similarities, exactly
@@ -98,217 +107,162 @@ INLINE void compare(const float* rows, const Targets& targets, int64_t panel, Be
 
 // ------------------------------------------------------------------------------------------- similarities, approximately
 //
-// With many targets most are out of the question, and numbers of 8 bits, of which one instruction multiplies four times
+// With many targets most are out of the question, and whole numbers of 16 bits, of which one instruction multiplies twice
 // as many, are enough to say so. What they leave is compared exactly, so the result is that of the exact search.
 //
-// Of u.v over targets v only u.(v - c) matters, which is c.(v - c) + (u - c).(v - c): with c about their mean, rows that
-// are alike are told apart by what they differ in. Where rounding makes z' of z = u - c and w' of w = v - c, z.w changes
-// by at most |z - z'| |w| + |z'| |w - w'|.
+// The entries of a unit row times ONE are rounded by at most 1/2, so it is at most sqrt(F) / 2 away from what it stands
+// for, and at most ONE + sqrt(F) / 2 long: a product of two fits into 32 bits, as all its parts do, and is wrong by at most
+// (ONE + sqrt(F) / 4) sqrt(F). Rows that are no numbers are not screened.
 
 #if defined(__AVX512VNNI__)
 constexpr int64_t WORTH_A_SCREEN = 256;  // targets
 #else
 constexpr int64_t WORTH_A_SCREEN = INT64_MAX;  // such numbers are not faster
 #endif
-constexpr int FOUR = 4;  // numbers of 8 bits that one step takes of a row, and vectors that are looked at again at a time
+constexpr int64_t MOST_COLUMNS = 1 << 20;  // for which all this holds
+constexpr float ONE = 32000.0f;
+constexpr int FEW = 4;  // vectors of targets that are looked at again at a time
 
-// What of each lane: sum + the products of four unsigned numbers with four signed ones, which are the same in all lanes.
-INLINE vi add_four(vi sum, vi numbers, int32_t four) {
+// Of each lane: sum + the products of two numbers with the two of `pair`.
+INLINE vi add_pair(vi sum, vi numbers, int32_t pair) {
 #if defined(__AVX512VNNI__)
-    return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)numbers, _mm512_set1_epi32(four));
+    return (vi)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)numbers, _mm512_set1_epi32(pair));
 #else
-    for (int i = 0; i < FOUR; i++) sum += (numbers >> 8 * i & 255) * (int32_t)(int8_t)(four >> 8 * i);
-    return sum;
+    return sum + (numbers << 16 >> 16) * (int32_t)(int16_t)pair + (numbers >> 16) * (pair >> 16);
 #endif
 }
 
-INLINE vi whole(vf x) { return (vi)(x + 12582912.0f) - (vi)splat(12582912.0f); }  // the nearest, of numbers below 2^22
+// The nearest whole numbers, of numbers below 2^22.
+INLINE vi whole(vf x) { return (vi)(x + 12582912.0f) - (vi)splat(12582912.0f); }
 
-// A panel of targets in 8 bits; of each target the unit of its numbers, c.w, |w| and |w - w'|.
-struct Rough {
-    vf unit[SIDE], offset[SIDE], length[SIDE], error[SIDE];
-    INLINE const vi* numbers(const Rough* panel) { return (const vi*)(panel + 1); }  // (steps, SIDE), each number + 128
-};
-
-// The targets of one image in 8 bits.
+// The targets of one image in 16 bits: (panels, pairs, SIDE).
 struct Screen {
     const Targets& targets;
-    int64_t panels, steps, width;  // steps of a product; numbers of a row, in whole vectors
-    vf* space;                     // the panels, then c
-    float length = 0.0f, error = 0.0f;  // the most of any target; no numbers where one of them is none
+    int64_t panels, pairs, width;  // pairs of columns; numbers of a source, in whole vectors
+    vi* numbers;
+    int32_t slack;  // by how much two products may be wrong, together, and the exact ones too
 
     static int64_t vectors(int64_t columns, int64_t count) {
-        const int64_t panels = (count + PANEL - 1) / PANEL, steps = (columns + FOUR - 1) / FOUR;
-        return panels * ((int64_t)(sizeof(Rough) / sizeof(vf)) + steps * SIDE) + (columns + W - 1) / W;
+        return (count + PANEL - 1) / PANEL * ((columns + 1) / 2) * SIDE;
     }
     Screen(const Targets& targets, vf* space)
-        : targets(targets), panels((targets.count + PANEL - 1) / PANEL), steps((targets.columns + FOUR - 1) / FOUR),
-          width((targets.columns + W - 1) / W * W), space(space) {}
-
-    Rough* panel(int64_t number) const {
-        return (Rough*)(space + number * ((int64_t)(sizeof(Rough) / sizeof(vf)) + steps * SIDE));
+        : targets(targets), panels((targets.count + PANEL - 1) / PANEL), pairs((targets.columns + 1) / 2),
+          width((targets.columns + W - 1) / W * W), numbers((vi*)space) {
+        const float columns = (float)targets.columns, length = 1.01f * square_root(columns);  // and what fp32 adds
+        slack = (int32_t)(2.0f * (ONE + length / 4) * length + ONE * ONE * (columns + 16) * 0x1p-21f);
     }
-    float* center() const { return (float*)panel(panels); }
+    static bool worth(const NearestArgs& p) { return p.targets >= WORTH_A_SCREEN && p.columns <= MOST_COLUMNS; }
 
-    // c: the mean of every eighth panel is near enough to that of all.
-    void find_center() const {
-        for (int64_t f = 0; f < targets.columns; f++) {
-            vf total{};
-            int64_t taken = 0;
-            for (int64_t v = 0; (v + 1) * W <= targets.count; v += 8 * SIDE, taken += W) total += targets.vector(v)[f * SIDE];
-            center()[f] = sum(total) / (float)taken;
-        }
-    }
-
-    void make(int64_t number) const {
-        Rough* rough = panel(number);
+    void make(int64_t panel) const {
         for (int v = 0; v < SIDE; v++) {
-            const vf* row = targets.vector(number * SIDE + v);
-            vf most{}, square{}, offset{}, lost{};
-            for (int64_t f = 0; f < targets.columns; f++) {
-                const vf w = row[f * SIDE] - center()[f];
-                most = larger(magnitude(w), most);
-                square += w * w;
-                offset += w * center()[f];
+            const vf* row = targets.vector(panel * SIDE + v);
+            for (int64_t k = 0; k < pairs; k++) {
+                const vi low = whole(row[2 * k * SIDE] * ONE);
+                const vi high = 2 * k + 1 < targets.columns ? whole(row[(2 * k + 1) * SIDE] * ONE) : vi{};
+                numbers[(panel * pairs + k) * SIDE + v] = (low & 0xffff) | high << 16;
             }
-            const vf unit = most / 127.0f, inverse = select(unit > splat(0.0f), 1.0f / unit, vf{});
-            for (int64_t k = 0; k < steps; k++) {
-                vi four{};
-                for (int64_t i = 0, f = k * FOUR; i < FOUR; i++, f++) {
-                    const vf w = f < targets.columns ? row[f * SIDE] - center()[f] : vf{};
-                    const vi number = whole(w * inverse);
-                    const vf rest = w - __builtin_convertvector(number, vf) * unit;
-                    lost += rest * rest;
-                    four |= ((number + 128) & 255) << 8 * i;
-                }
-                ((vi*)Rough::numbers(rough))[k * SIDE + v] = four;
-            }
-            const vi there = targets.there(number * SIDE + v);
-            rough->unit[v] = unit;
-            rough->offset[v] = select(there, offset, splat(-INFINITY));
-            for (int i = 0; i < W; i++) rough->length[v][i] = there[i] ? square_root(square[i]) : 0.0f;
-            for (int i = 0; i < W; i++) rough->error[v][i] = there[i] ? square_root(lost[i]) : 0.0f;
         }
     }
-    void find_most() {
-        vf lengths{}, errors{}, none{};
-        for (int64_t i = 0; i < panels * SIDE; i++) {
-            const vf one = panel(i / SIDE)->length[i % SIDE];
-            lengths = larger(one, lengths), errors = larger(panel(i / SIDE)->error[i % SIDE], errors);
-            none += one * 0.0f;  // no number where the length is none, or infinite
-        }
-        length = largest(lengths) + sum(none), error = largest(errors);
-    }
 
-    struct Source {
-        float unit, slack;  // by how much two of its similarities may be wrong, together
-        int32_t more;       // takes from a sum what the 128 added to numbers of targets put in
-    };
-
-    Source take(const float* row, int8_t* numbers) const {
-        typedef int8_t Narrow __attribute__((vector_size(W)));
-        auto from_center = [&](int64_t f, int m) { return load(row + f, m) - load(center() + f, m); };
-        vf most{}, square{}, lost{}, total{};
-        for (int64_t f = 0; f < targets.columns; f += W) {
-            const vf z = from_center(f, (int)smaller(W, targets.columns - f));
-            most = larger(magnitude(z), most);
-            square += z * z;
-        }
-        const float unit = largest(most) / 127.0f, inverse = unit > 0.0f ? 1.0f / unit : 0.0f;
-        for (int64_t f = 0; f < targets.columns; f += W) {
-            const vf z = from_center(f, (int)smaller(W, targets.columns - f));
-            const vi number = whole(z * inverse);
-            const vf rounded = __builtin_convertvector(number, vf), rest = z - rounded * unit;
-            const Narrow narrow = __builtin_convertvector(number, Narrow);
-            memcpy(numbers + f, &narrow, sizeof narrow);
-            lost += rest * rest;
-            total += rounded;
-        }
-        const float own = square_root(sum(lost)), around = square_root(sum(square)) + own;
-        const float rounding = (float)(targets.columns + 16) * 0x1p-21f;  // of every sum in fp32, the exact ones too
-        return {unit, 2.0f * (own * length + around * error) + rounding, (int32_t)(-128.0f * sum(total))};
-    }
-
-    // GROUP sources against one panel: writes similarities, those of a source `stride` vectors after those of the one before.
-    INLINE void compare(const Screen& screen, const int8_t* numbers, const Source* sources, int64_t panel, vf* similar,
-                        int64_t stride, vf* best) {
-        const Rough* rough = screen.panel(panel);
-        const vi* packed = Rough::numbers(rough);
+    // GROUP sources against one panel: writes products, those of a source `stride` vectors after those of the one before.
+    INLINE void compare(const Screen& screen, const int16_t* sources, int64_t panel, vi* products, int64_t stride, vi* best) {
+        const vi* packed = screen.numbers + panel * screen.pairs * SIDE;
         vi acc[GROUP][SIDE];
         for (int g = 0; g < GROUP; g++)
-            for (int v = 0; v < SIDE; v++) acc[g][v] = vi{} + sources[g].more;
-        for (int64_t k = 0; k < screen.steps; k++) {
+            for (int v = 0; v < SIDE; v++) acc[g][v] = vi{};
+        for (int64_t k = 0; k < screen.pairs; k++) {
             const vi b0 = packed[k * SIDE], b1 = packed[k * SIDE + 1];
 #pragma GCC unroll 8
             for (int g = 0; g < GROUP; g++) {
-                int32_t four;
-                memcpy(&four, numbers + g * screen.width + k * FOUR, sizeof four);
-                acc[g][0] = add_four(acc[g][0], b0, four);
-                acc[g][1] = add_four(acc[g][1], b1, four);
+                int32_t pair;
+                memcpy(&pair, sources + g * screen.width + 2 * k, sizeof pair);
+                acc[g][0] = add_pair(acc[g][0], b0, pair);
+                acc[g][1] = add_pair(acc[g][1], b1, pair);
             }
         }
-        for (int g = 0; g < GROUP; g++)
-            for (int v = 0; v < SIDE; v++) {
-                const vf product = __builtin_convertvector(acc[g][v], vf) * sources[g].unit;
-                const vf value = product * rough->unit[v] + rough->offset[v];
-                similar[g * stride + panel * SIDE + v] = value;
-                best[g] = larger(value, best[g]);
+        for (int v = 0; v < SIDE; v++) {
+            const vi there = screen.targets.there(panel * SIDE + v);
+            for (int g = 0; g < GROUP; g++) {
+                const vi product = there ? acc[g][v] : vi{} + INT32_MIN;
+                products[g * stride + panel * SIDE + v] = product;
+                best[g] = product > best[g] ? product : best[g];
             }
+        }
     }
 
-    // Exactly: the vectors of targets that have one which may be the best of a source.
-    void look_again(const float* row, const vf* similar, float least, Best& best) const {
-        int64_t found[FOUR];
+    // Sources and vectors of targets that are to be compared exactly, a few at a time.
+    struct Again {
+        const Targets& targets;
+        const float* rows[FEW];
+        Best* best[FEW];
+        int64_t vectors[FEW];
         int count = 0;
-        for (int64_t v = 0; v < targets.vectors(); v++) {
-            if (lanes_set(~(similar[v] < least))) found[count++] = v;  // what is no number is looked at too
-            if (count < FOUR && (count == 0 || v + 1 < targets.vectors())) continue;
-            const vf* packed[FOUR];
-            vf acc[FOUR] = {};
-            for (int k = 0; k < FOUR; k++) packed[k] = targets.vector(found[k < count ? k : 0]);
+
+        void add(const float* row, Best* best_of_row, int64_t vector) {
+            rows[count] = row, best[count] = best_of_row, vectors[count++] = vector;
+            if (count == FEW) look();
+        }
+        void look() {
+            const vf* packed[FEW];
+            vf acc[FEW] = {};
+            for (int k = count; k < FEW; k++) rows[k] = rows[0], vectors[k] = vectors[0];
+            for (int k = 0; k < FEW; k++) packed[k] = targets.vector(vectors[k]);
             for (int64_t f = 0; f < targets.columns; f++)
 #pragma GCC unroll 4
-                for (int k = 0; k < FOUR; k++) acc[k] += packed[k][f * SIDE] * row[f];
-            for (int k = 0; k < count; k++) Best::update(best, targets, acc[k], found[k]);
+                for (int k = 0; k < FEW; k++) acc[k] += packed[k][f * SIDE] * rows[k][f];
+            for (int k = 0; k < count; k++) Best::update(*best[k], targets, acc[k], vectors[k]);
             count = 0;
         }
-    }
+    };
 
     // What `search` needs for the sources of a task, in vectors.
     static int64_t workspace(int64_t columns, int64_t count) {
-        return PER_TASK * ((count + PANEL - 1) / PANEL * SIDE + (columns + W - 1) / W);
+        return PER_TASK * ((count + PANEL - 1) / PANEL * SIDE + ((columns + W - 1) / W + 1) / 2);
     }
 
     // The best targets of `count` sources; rows of zeros fill the last group.
     void search(const float* rows, int64_t count, vf* workspace, Best* best) const {
-        const int64_t stride = panels * SIDE;
-        int8_t* numbers = (int8_t*)(workspace + PER_TASK * stride);
-        Source sources[PER_TASK];
-        vf highest[PER_TASK];
-        for (int64_t i = 0; i < count; i += GROUP)
-            for (int64_t g = i; g < i + GROUP; g++) {
-                sources[g] = take(rows + g * targets.columns, numbers + g * width);
-                highest[g] = splat(-INFINITY);
+        typedef int16_t Narrow __attribute__((vector_size(2 * W)));
+        const int64_t stride = panels * SIDE, columns = targets.columns, padded = (count + GROUP - 1) / GROUP * GROUP;
+        vi* products = (vi*)workspace;
+        int16_t* sources = (int16_t*)(products + PER_TASK * stride);
+        vi highest[PER_TASK];
+        for (int64_t i = 0; i < padded; i++) {
+            highest[i] = vi{} + INT32_MIN;
+            for (int64_t f = 0; f < columns; f += W) {
+                const vf row = load(rows + i * columns + f, (int)smaller(W, columns - f));
+                const Narrow narrow = __builtin_convertvector(whole(row * ONE), Narrow);
+                memcpy(sources + i * width + f, &narrow, sizeof narrow);
             }
+        }
         for (int64_t panel = 0; panel < panels; panel++)
             for (int64_t i = 0; i < count; i += GROUP)
-                compare(*this, numbers + i * width, sources + i, panel, workspace + i * stride, stride, highest + i);
-        for (int64_t i = 0; i < count; i++)
-            look_again(rows + i * targets.columns, workspace + i * stride, largest(highest[i]) - sources[i].slack, best[i]);
+                compare(*this, sources + i * width, panel, products + i * stride, stride, highest + i);
+        Again again{targets, {}, {}, {}};
+        for (int64_t i = 0; i < count; i++) {
+            int32_t most = INT32_MIN;
+            for (int l = 0; l < W; l++) most = highest[i][l] > most ? highest[i][l] : most;
+            for (int64_t v = 0; v < targets.vectors(); v++)
+                if (lanes_set(products[i * stride + v] >= most - slack)) again.add(rows + i * columns, best + i, v);
+        }
+        if (again.count) again.look();
     }
 };
 
 // -------------------------------------------------------------------------------------------------------------- search
 
-// A panel of the targets of image b.
-int pack_targets(const NearestArgs& p, int64_t b, int64_t panel, vf* packed) {
+// A panel of the targets of image b. Clears `numbers` where one is not made of numbers.
+int pack_targets(const NearestArgs& p, int64_t b, int64_t panel, vf* packed, char* numbers) {
     const int64_t* target = (const int64_t*)p.target + b * p.target_batch + panel * PANEL;
     const int64_t live = smaller(PANEL, p.targets - panel * PANEL);
     Memory<float> rows(live * p.columns);
     if (!rows) return 1;
     for (int64_t i = 0; i < live; i++) {
         if (outside(target[i], p.length)) return 2;
-        unit_row((const float*)p.x + (b * p.length + target[i]) * p.columns, p.columns, rows + i * p.columns);
+        fetch_row(p, b, target, i, live);
+        if (unit_row((const float*)p.x + (b * p.length + target[i]) * p.columns, p.columns, rows + i * p.columns)) continue;
+#pragma omp atomic write
+        *numbers = 0;
     }
     pack_panel<float, SIDE>(rows, p.columns, live, packed);
     return 0;
@@ -332,7 +286,8 @@ int search(const NearestArgs& p, int64_t b, int64_t first, const Targets& target
             continue;
         }
         if (outside(source[i], p.length)) return 2;
-        unit_row((const float*)p.x + (b * p.length + source[i]) * columns, columns, rows + i * columns);
+        fetch_row(p, b, source, i, count);
+        if (!unit_row((const float*)p.x + (b * p.length + source[i]) * columns, columns, rows + i * columns)) screen = nullptr;
     }
     if (screen) screen->search(rows, count, workspace, best);
     for (int64_t panel = 0; !screen && panel * PANEL < p.targets; panel++)
@@ -341,17 +296,20 @@ int search(const NearestArgs& p, int64_t b, int64_t first, const Targets& target
         const int64_t at = b * p.sources + first + i;
         ((int64_t*)p.nearest)[at] = target[best[i].first((float*)p.similarity + at)];
     }
+    kept.drop();
     return 0;
 }
 
 int nearest(const NearestArgs& p) {
     const int64_t panels = (p.targets + PANEL - 1) / PANEL, tasks = (p.sources + PER_TASK - 1) / PER_TASK;
-    const int64_t exact = panels * p.columns * SIDE, worth = p.batch * p.sources * p.targets * p.columns / 4;
-    const bool screens = p.targets >= WORTH_A_SCREEN;
-    const int64_t each = exact + (screens ? Screen::vectors(p.columns, p.targets) : 0);
+    const int64_t size = p.columns * SIDE, worth = p.batch * p.sources * p.targets * p.columns / 4;
+    const bool screens = Screen::worth(p);
+    const int64_t each = panels * size + (screens ? Screen::vectors(p.columns, p.targets) : 0);
     static thread_local Kept kept;
     vf* space = kept.take(p.batch * each);
-    if (!space) return 1;
+    Memory<char> numbers(p.batch);
+    if (!space || !numbers) return 1;
+    memset(numbers, 1, (size_t)p.batch);
     auto targets = [&](int64_t b) { return Targets{space + b * each, p.columns, p.targets}; };
     int failed = 0;
     auto fail = [&](int code) {
@@ -363,23 +321,19 @@ int nearest(const NearestArgs& p) {
     {
 #pragma omp for collapse(2) schedule(static)
         for (int64_t b = 0; b < p.batch; b++)
-            for (int64_t panel = 0; panel < panels; panel++)
-                fail(pack_targets(p, b, panel, space + b * each + panel * p.columns * SIDE));
-        if (screens && !failed) {
-#pragma omp for schedule(static)
-            for (int64_t b = 0; b < p.batch; b++) Screen(targets(b), space + b * each + exact).find_center();
-#pragma omp for collapse(2) schedule(static)
-            for (int64_t b = 0; b < p.batch; b++)
-                for (int64_t panel = 0; panel < panels; panel++) Screen(targets(b), space + b * each + exact).make(panel);
-        }
+            for (int64_t panel = 0; panel < panels; panel++) {
+                const int code = pack_targets(p, b, panel, space + b * each + panel * size, numbers + b);
+                fail(code);
+                const Targets all = targets(b);
+                if (!code && screens) Screen(all, space + b * each + panels * size).make(panel);
+            }
 #pragma omp for collapse(2) schedule(dynamic, 1)
         for (int64_t b = 0; b < p.batch; b++)
             for (int64_t task = 0; task < tasks; task++) {
                 if (failed) continue;
                 const Targets all = targets(b);
-                Screen screen(all, space + b * each + exact);
-                if (screens) screen.find_most();
-                fail(search(p, b, task * PER_TASK, all, screens ? &screen : nullptr));
+                const Screen screen(all, space + b * each + panels * size);
+                fail(search(p, b, task * PER_TASK, all, screens && numbers[b] ? &screen : nullptr));
             }
     }
     kept.drop();

@@ -11,6 +11,8 @@
 
 namespace {
 
+constexpr int64_t WORTH_SORTING = 1024;  // tokens of all images that pay for waking threads
+
 // Marks where the special tokens of image b are now; false where one is gone.
 template <class Args>
 INLINE bool mark_special(const Args& p, const int64_t* special, int64_t b, char* marks) {
@@ -54,16 +56,23 @@ INLINE bool rank(const RankedArgs& p, int64_t b, int64_t n, const char* marks, u
 
 int ranked_step(const RankedArgs& p) {
     const int64_t kept = p.length - p.r, n = p.r + p.targets;
-    Memory<char> marks(p.length);
-    Memory<uint64_t> keys(p.length);
     Memory<int64_t> order(p.batch * n), best(p.batch * p.r), keep(p.batch * kept), dest(p.batch * p.length);
     Memory<float> similarity(p.batch * p.r);
-    if (!marks || !keys || !order || !best || !keep || !dest || !similarity) return 1;
-    for (int64_t b = 0; b < p.batch; b++)
-        if (!mark_special(p, (const int64_t*)(&p + 1), b, marks) || !rank(p, b, n, marks, keys, order + b * n)) return 2;
+    if (!order || !best || !keep || !dest || !similarity) return 1;
+    int failed = 0;
+#pragma omp parallel for schedule(static) num_threads((int)p.threads) if (p.threads > 1 && p.batch > 1 && p.batch * p.length > WORTH_SORTING)
+    for (int64_t b = 0; b < p.batch; b++) {
+        Memory<char> marks(p.length);
+        Memory<uint64_t> keys(p.length);
+        const bool memory = marks && keys;
+        if (memory && mark_special(p, (const int64_t*)(&p + 1), b, marks) && rank(p, b, n, marks, keys, order + b * n)) continue;
+#pragma omp atomic write
+        failed = memory ? 2 : 1;
+    }
+    if (failed) return failed;
     const int64_t source = (int64_t)order.data, target = source + p.r * (int64_t)sizeof(int64_t);
-    int failed = nearest({p.batch, p.length, p.columns, p.r, p.targets, p.threads, p.x, source, n, target, n,
-                          (int64_t)best.data, (int64_t)similarity.data});
+    failed = nearest({p.batch, p.length, p.columns, p.r, p.targets, p.threads, p.x, source, n, target, n, (int64_t)best.data,
+                      (int64_t)similarity.data});
     if (failed) return failed;
     failed = links({p.batch, p.length, p.r, source, n, (int64_t)best.data, p.r, (int64_t)keep.data, (int64_t)dest.data});
     return failed ? failed : merge_step(p, keep, dest);
