@@ -251,8 +251,8 @@ struct Screen {
 
 // -------------------------------------------------------------------------------------------------------------- search
 
-// A panel of the targets of image b. Clears `numbers` where one is not made of numbers.
-int pack_targets(const NearestArgs& p, int64_t b, int64_t panel, vf* packed, char* numbers) {
+// A panel of the targets of image b. Clears `finite` where one is no finite number.
+int pack_targets(const NearestArgs& p, int64_t b, int64_t panel, vf* packed, char* finite) {
     const int64_t* target = (const int64_t*)p.target + b * p.target_batch + panel * PANEL;
     const int64_t live = smaller(PANEL, p.targets - panel * PANEL);
     Memory<float> rows(live * p.columns);
@@ -262,7 +262,7 @@ int pack_targets(const NearestArgs& p, int64_t b, int64_t panel, vf* packed, cha
         fetch_row(p, b, target, i, live);
         if (unit_row((const float*)p.x + (b * p.length + target[i]) * p.columns, p.columns, rows + i * p.columns)) continue;
 #pragma omp atomic write
-        *numbers = 0;
+        *finite = 0;
     }
     pack_panel<float, SIDE>(rows, p.columns, live, packed);
     return 0;
@@ -307,9 +307,9 @@ int nearest(const NearestArgs& p) {
     const int64_t each = panels * size + (screens ? Screen::vectors(p.columns, p.targets) : 0);
     static thread_local Kept kept;
     vf* space = kept.take(p.batch * each);
-    Memory<char> numbers(p.batch);
-    if (!space || !numbers) return 1;
-    memset(numbers, 1, (size_t)p.batch);
+    Memory<char> finite(p.batch);
+    if (!space || !finite) return 1;
+    memset(finite, 1, (size_t)p.batch);
     auto targets = [&](int64_t b) { return Targets{space + b * each, p.columns, p.targets}; };
     int failed = 0;
     auto fail = [&](int code) {
@@ -322,7 +322,7 @@ int nearest(const NearestArgs& p) {
 #pragma omp for collapse(2) schedule(static)
         for (int64_t b = 0; b < p.batch; b++)
             for (int64_t panel = 0; panel < panels; panel++) {
-                const int code = pack_targets(p, b, panel, space + b * each + panel * size, numbers + b);
+                const int code = pack_targets(p, b, panel, space + b * each + panel * size, finite + b);
                 fail(code);
                 const Targets all = targets(b);
                 if (!code && screens) Screen(all, space + b * each + panels * size).make(panel);
@@ -333,7 +333,7 @@ int nearest(const NearestArgs& p) {
                 if (failed) continue;
                 const Targets all = targets(b);
                 const Screen screen(all, space + b * each + panels * size);
-                fail(search(p, b, task * PER_TASK, all, screens && numbers[b] ? &screen : nullptr));
+                fail(search(p, b, task * PER_TASK, all, screens && finite[b] ? &screen : nullptr));
             }
     }
     kept.drop();
