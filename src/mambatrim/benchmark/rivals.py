@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -116,18 +117,27 @@ def rivals(model: nn.Module, image_size: Any, dtype: torch.dtype, device: torch.
 # --------------------------------------------------------------------------------------------------------------- scan
 
 
-def scan_arguments(batch: int, length: int, channels: int, states: int) -> dict[str, Any]:
-    """Random arguments of one direction with full step sizes: softplus, D and gate included."""
-    return {
-        "u": torch.randn(batch, length, channels),
-        "dt": torch.randn(batch, length, channels),
+def scan_arguments(
+    batch: int,
+    length: int,
+    channels: int,
+    states: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> dict[str, Any]:
+    """Random arguments of one direction with full step sizes: softplus, D and gate included. A, D and dt_bias are fp32
+    whatever the dtype."""
+    values = {
+        "u": torch.randn(batch, length, channels).to(dtype),
+        "dt": torch.randn(batch, length, channels).to(dtype),
         "A": -torch.rand(channels, states) * 16,
-        "B": torch.randn(batch, length, states),
-        "C": torch.randn(batch, length, states),
+        "B": torch.randn(batch, length, states).to(dtype),
+        "C": torch.randn(batch, length, states).to(dtype),
         "D": torch.randn(channels),
-        "z": torch.randn(batch, length, channels),
+        "z": torch.randn(batch, length, channels).to(dtype),
         "dt_bias": torch.randn(channels) - 4,
     }
+    return {name: value.to(device) for name, value in values.items()}
 
 
 def loop_scan(**arguments: Any) -> Tensor:
@@ -145,6 +155,27 @@ def mambapy_scan(
     states = import_module("mambapy.pscan").pscan(decay, inputs)
     y = (states @ C[..., None]).squeeze(3) + D * u
     return y * F.silu(z)
+
+
+def mamba_ssm_scan() -> Callable[..., Tensor] | None:
+    """The CUDA kernel of mamba_ssm, of `mamba_ssm_arguments`; None where that is not installed."""
+    try:
+        interface, extension = map(import_module, ("mamba_ssm.ops.selective_scan_interface", "selective_scan_cuda"))
+    except ImportError:
+        return None
+    # the stand-ins of mambatrim.compat are no extensions
+    if not (getattr(extension, "__file__", None) or "").endswith((".so", ".pyd")):
+        return None
+    return partial(interface.selective_scan_fn, delta_softplus=True)
+
+
+def mamba_ssm_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The same as mamba_ssm takes it: channels before tokens, (B, E, L), contiguous."""
+    names = {"dt": "delta", "dt_bias": "delta_bias"}
+    return {
+        names.get(name, name): value.transpose(1, 2).contiguous() if value.dim() == 3 else value
+        for name, value in arguments.items()
+    }
 
 
 def materialised_scan(

@@ -151,9 +151,10 @@ def _takes(x: Tensor, mixers: Sequence[Mixer], weights: list[Tensor], over: Over
     if convolved is not None and scanned is not None and convolved.share is not scanned.share:
         return False
     _, in_proj, _, lines, reverse, *_ = mixers[0]
-    if (lines[0].dim(), lines[3].dim(), lines[5].dim()) != (3, 2, 2):
+    line = MixerDirection(*lines[:FIELDS])
+    if (line.conv.dim(), line.dt_proj.dim(), line.A_log.dim()) != (3, 2, 2):
         return False
-    columns, (channels, states), (_, rank), (_, _, taps) = x.shape[2], lines[5].shape, lines[3].shape, lines[0].shape
+    columns, (channels, states), (_, rank), taps = x.shape[2], line.A_log.shape, line.dt_proj.shape, line.conv.shape[2]
     directions, kind, fp32 = len(reverse), in_proj.dtype, torch.float32
     if directions > MAX_DIRECTIONS or taps > MAX_TAPS or states > MAX_STATES:
         return False
@@ -171,7 +172,7 @@ def _takes(x: Tensor, mixers: Sequence[Mixer], weights: list[Tensor], over: Over
 def _compiled(x: Tensor, mixers: Sequence[Mixer], weights: list[Tensor], over: Over) -> tuple[Tensor, Tensor]:
     batch, length, columns = x.shape
     _, in_proj, _, lines, reverse, *_ = mixers[0]
-    x, directions, last = x.contiguous(), len(reverse), len(mixers) - 1
+    x, directions, last, line = x.contiguous(), len(reverse), len(mixers) - 1, MixerDirection(*lines[:FIELDS])
     y, dt_mean = torch.empty_like(x), x.new_empty((batch, directions, length))
     spare = torch.empty_like(x) if last else y
     place: tuple[int, ...] = _NOWHERE
@@ -180,7 +181,7 @@ def _compiled(x: Tensor, mixers: Sequence[Mixer], weights: list[Tensor], over: O
         place = _place(over)
     if not y.numel():
         return y, dt_mean
-    head = (batch, length, columns, *lines[5].shape, lines[3].shape[1], lines[0].shape[2], directions)
+    head = (batch, length, columns, *line.A_log.shape, line.dt_proj.shape[1], line.conv.shape[2], directions)
     head = (*head, in_proj.dtype is torch.bfloat16, torch.get_num_threads())
     unused = (0,) * (MAX_DIRECTIONS - directions)
     records, source, step = [_COUNT(len(mixers))], x.data_ptr(), 3 + FIELDS * directions
