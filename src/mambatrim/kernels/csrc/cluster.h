@@ -44,11 +44,11 @@ struct Clusters {
     int64_t rows, stride, width, axes;  // stride: of numbers per row, and width: of a row, both in whole vectors
     int64_t blocks;                     // of W rows each, in whole vectors
     float exponent;
-    float* sums;                              // (M, width): of the rows in the cluster
-    float *inverse, *weight, *gone, *price;   // (stride): 1 / length of the sum; infinite if gone; cost of the partner
-    float* place;                             // (P, stride)
-    int32_t *partner, *root, *again;          // (stride); again: rows that are to look again
-    float *low, *high, *least, *most;         // (blocks): first places and prices of the rows that are left
+    float* sums;                             // (M, width): of the rows in the cluster
+    float *inverse, *weight, *gone, *price;  // (stride): 1 / length of the sum; infinite if gone; cost of the partner
+    float* place;                            // (P, stride)
+    int32_t *partner, *root, *again;         // (stride); again: rows that are to look again
+    float *low, *high, *least, *most;        // (blocks): of the rows that are left, places on the first axis and prices
 
     static int64_t whole(int64_t n) { return (n + W - 1) / W * W; }
     static int64_t vectors(int64_t stride, int64_t width, int64_t axes, int64_t rows) {

@@ -85,7 +85,6 @@ INLINE vf softplus(vf x) {
     return select(x > splat(0.0f), x, splat(0.0f)) + 2.0f * s * p;
 }
 
-INLINE vf larger(vf a, vf b) { return select(a > b, a, b); }  // b where one of them is no number
 INLINE float square_root(float x) { return __builtin_sqrtf(x); }
 INLINE vi lanes() {  // 0, 1, ..., W - 1
     vi lane{};
