@@ -34,7 +34,7 @@ from mambatrim.kernels import reference
 SCANS = ((128, 197, 384, 16), (128, 197, 768, 16), (64, 197, 1536, 16), (16, 1569, 384, 16), (8, 1569, 1152, 16))
 # largest error against the largest value: as good as the dtype allows, after sums over a few hundred tokens
 ALLOWED = {"fp32": 1e-4, "bf16": 3e-2, "fp16": 4e-3}
-TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TYPES = {**DTYPES, "fp16": torch.float16}
 SAVING = 0.4
 
 

@@ -62,6 +62,7 @@ struct Clusters {
           low((float*)(again + stride)), high(low + blocks), least(high + blocks), most(least + blocks) {}
 
     const float* row(int64_t i) const { return sums + i * width; }
+    float first_place(int64_t i) const { return axes ? place[i] : 0.0f; }
 
     // Row i has another place, or is gone: so has its block.
     void settle_place(int64_t i) {
@@ -110,7 +111,7 @@ struct Clusters {
     template <class Limit, class Near, class Take>
     void compare(int64_t i, int64_t from, int64_t to, Limit limit, Near near, Take take) const {
         for (int64_t block = from / W / W * W; block * W < to; block += W)
-            for (uint32_t left = near_blocks(block, axes ? place[i] : 0.0f, limit(block)); left; left &= left - 1) {
+            for (uint32_t left = near_blocks(block, first_place(i), limit(block)); left; left &= left - 1) {
                 const int64_t j0 = (block + __builtin_ctz(left)) * W;
                 if (j0 + W > from && j0 < to) compare_block(i, j0, from, to, near(j0), take);
             }
@@ -172,7 +173,6 @@ struct Clusters {
         for (int64_t j = 0; j < stride; j++) {
             const bool real = j < rows;
             weight[j] = real ? ((const float*)p.weight)[b * rows + j] : 1.0f;
-            inverse[j] = 0.0f;
             gone[j] = real ? 0.0f : INFINITY;
             price[j] = INFINITY;
             root[j] = partner[j] = (int32_t)j;
@@ -202,7 +202,7 @@ struct Clusters {
         int64_t count = 0;
         for (int64_t block = 0; block * W < stride; block += W) {
             const vf limit = load(most + block, W);
-            uint32_t near = near_blocks(block, axes ? place[kept] : 0.0f, limit) | near_blocks(block, axes ? place[lost] : 0.0f, limit);
+            uint32_t near = near_blocks(block, first_place(kept), limit) | near_blocks(block, first_place(lost), limit);
             for (; near; near &= near - 1) {
                 const int64_t i0 = (block + __builtin_ctz(near)) * W;
                 vi of;
@@ -265,7 +265,7 @@ struct Clusters {
 
 int agglomerate(const ClusterArgs& p) {
     constexpr int64_t TOGETHER = 16, SPACE = 8 << 20;  // rows at a time; bytes for the images that are made at a time
-    const int64_t stride = (p.rows + W - 1) / W * W, width = (p.width + W - 1) / W * W;
+    const int64_t stride = Clusters::whole(p.rows), width = Clusters::whole(p.width);
     const int64_t each = Clusters::vectors(stride, width, p.axes, p.rows), parts = (p.rows + TOGETHER - 1) / TOGETHER;
     const int64_t fit = SPACE / (each * (int64_t)sizeof(vf)), images = smaller(p.batch, fit > p.threads ? fit : p.threads);
     static thread_local Kept kept;
