@@ -3,7 +3,7 @@
 from .clustering import agglomerate, agglomerate_rounds, cluster_macs, rounds_macs
 from .convolution import causal_conv1d
 from .linear import linear
-from .mixer import AS_IT_STANDS, Mixer, MixerDirection, Over, Steps, compose, mix
+from .mixer import AS_IT_STANDS, Mixer, MixerDirection, Over, Steps, compose, fake_mixed, mix, mix_within
 from .norm import rms_norm
 from .projection import project
 from .scan import Direction, Scan, scan, selective_scan
@@ -25,8 +25,10 @@ __all__ = [
     "causal_conv1d",
     "cluster_macs",
     "compose",
+    "fake_mixed",
     "linear",
     "mix",
+    "mix_within",
     "project",
     "rms_norm",
     "rounds_macs",

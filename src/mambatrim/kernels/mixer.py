@@ -242,8 +242,20 @@ def _flat(mixers: Sequence[Mixer], over: Over) -> tuple[object, ...]:
     return (list(norms), list(in_projs), list(out_projs), flat, *options, repeats, *sources, _share(over))
 
 
-def _operator(
-    x: Tensor,
+def _operator(x: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
+    return mix_within(x, *_unflat(*flat))
+
+
+def mix_within(x: Tensor, mixers: Sequence[Mixer], over: Over = AS_IT_STANDS) -> tuple[Tensor, Tensor]:
+    """The same as `mix` for operators: PyTorch has seen the call, and records and transforms nothing any more."""
+    weights = _weights(mixers)
+    if x.is_cpu and cpu.handles(x) and _takes(x, mixers, weights, over):
+        return _compiled(x, mixers, weights, over)
+    y, dt_mean = _composed(x, mixers, over)
+    return y, cast(dt_mean, x.dtype)
+
+
+def _unflat(
     norms: list[Tensor],
     in_projs: list[Tensor],
     out_projs: list[Tensor],
@@ -255,28 +267,25 @@ def _operator(
     convolved: Tensor | None,
     scanned: Tensor | None,
     share: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[list[Mixer], Over]:
     fields = FIELDS * len(reverse)
     mixers = [
         Mixer(*weights, lines[i * fields : (i + 1) * fields], reverse, eps, scale)
         for i, weights in enumerate(zip(norms, in_projs, out_projs, strict=True))
     ]
-    over = AS_IT_STANDS
-    if repeats is not None or share is not None:
-        virtual = (
-            None if source is None or share is None else Virtual(source, share) for source in (convolved, scanned)
-        )
-        over = Over(repeats, *virtual)
-    weights = _weights(mixers)
-    if x.is_cpu and cpu.handles(x) and _takes(x, mixers, weights, over):
-        return _compiled(x, mixers, weights, over)
-    y, dt_mean = _composed(x, mixers, over)
-    return y, cast(dt_mean, x.dtype)
+    if repeats is None and share is None:
+        return mixers, AS_IT_STANDS
+    virtual = (None if source is None or share is None else Virtual(source, share) for source in (convolved, scanned))
+    return mixers, Over(repeats, *virtual)
 
 
 def _fake(x: Tensor, norms: Any, in_projs: Any, out_projs: Any, lines: Any, reverse: list[bool], *_: Any) -> Any:
-    batch, length, _columns = x.shape
-    return torch.empty_like(x), x.new_empty(batch, len(reverse), length)
+    return fake_mixed(x, len(reverse))
+
+
+def fake_mixed(x: Tensor, directions: int) -> tuple[Tensor, Tensor]:
+    """Shapes and dtypes of what `mix` returns."""
+    return x.new_empty(x.shape), x.new_empty(x.shape[0], directions, x.shape[1])
 
 
 register(

@@ -10,14 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..reduction import STEM, Cost, Reducer, Tokens
-from .layers import BiMambaMixer, Block, PatchEmbed, RMSNorm, join_rows, resize_positions, split_rows, through
+from .layers import BiMambaMixer, Block, PatchEmbed, RMSNorm, join_rows, resize_positions, split_rows
 from .spec import ModelSpec
+from .trunk import Trunk, through
 
 ImageSize = int | tuple[int, ...] | None
 
@@ -89,7 +90,7 @@ class FlatMamba(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, config.special, config.d_model))
         self.pos_embed = nn.Parameter(torch.zeros(1, patches + len(self.table_rows(patches)), config.d_model))
         mixers = (BiMambaMixer(config.d_model, config.d_state, scale=self.scale) for _ in range(config.depth))
-        self.layers = nn.ModuleList(Block(config.d_model, mixer) for mixer in mixers)
+        self.layers: nn.ModuleList = Trunk(Block(config.d_model, mixer) for mixer in mixers)
         self.norm_f = RMSNorm(config.d_model)
         self.head = nn.Linear(config.features, config.num_classes)
         self.reducer = Reducer.dense()
@@ -107,7 +108,7 @@ class FlatMamba(nn.Module):
 
     def blocks(self) -> list[Block]:
         """The layers, with their type."""
-        return [layer for layer in self.layers if isinstance(layer, Block)]
+        return cast(list[Block], list(self.layers))
 
     @property
     def depth(self) -> int:
@@ -230,11 +231,11 @@ class FlatMamba(nn.Module):
         tokens, seen = self.embed(images), []
         tokens = self.reducer(STEM, tokens, {"hidden": tokens.x})
         layout = self.reducer.layout(tokens)
-        blocks, start = self.blocks(), 0
-        for i in range(len(blocks)):
-            if not (self.reducer.acts(i) or i in layers or i + 1 == len(blocks)):
+        start, depth = 0, self.depth
+        for i in range(depth):
+            if not (self.reducer.acts(i) or i in layers or i + 1 == depth):
                 continue
-            x, captured = through(blocks[start : i + 1], tokens.x, self.reducer.needs(i), layout)
+            x, captured = through(self.layers, start, i + 1, tokens.x, self.reducer.needs(i), layout)
             left, start = tokens.with_x(x), i + 1
             if i in layers:
                 seen.append(left)

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as _module
 
 from .. import kernels
 from ..kernels import reference
@@ -28,9 +27,9 @@ EPS = 1e-5
 # parameters of the scan itself, as the families name them
 _OF_THE_SCAN = re.compile(r"A(_b)?_logs?(_\d)?|Ds?(_b|_\d)?|dt_projs_bias|direction_Bs")
 # the parts of a mixer that belong to each direction
-_DIRECTIONS = (("conv1d", "x_proj", "dt_proj", "A_log", "D"), ("conv1d_b", "x_proj_b", "dt_proj_b", "A_b_log", "D_b"))
+DIRECTIONS = (("conv1d", "x_proj", "dt_proj", "A_log", "D"), ("conv1d_b", "x_proj_b", "dt_proj_b", "A_b_log", "D_b"))
 # signals that the mixer has without giving up to run as one kernel
-_AT_ONCE = {"dt_mean", "hidden"}
+AT_ONCE = {"dt_mean", "hidden"}
 Captured = dict[str, Tensor]
 
 
@@ -91,12 +90,12 @@ class BiMambaMixer(nn.Module):
         Also the signals that are `wanted` (reduction.SIGNALS), all tokens in token order. `layout` says what tokens of
         the stem the L rows stand for, where that matters.
         """
-        parameters, over = self.parameters_with(norm), _over(layout)
-        if norm is not None and _AT_ONCE.issuperset(wanted):
-            x, dt_mean = kernels.mix(x, [parameters], over)
+        parameters, seen_as = self.parameters_with(norm), over(layout)
+        if norm is not None and AT_ONCE.issuperset(wanted):
+            x, dt_mean = kernels.mix(x, [parameters], seen_as)
             captured = {"dt_mean": dt_mean} if "dt_mean" in wanted else {}
         else:
-            steps = kernels.compose(x, parameters, over)
+            steps = kernels.compose(x, parameters, seen_as)
             captured = _capture(wanted, steps)
             x = steps.update if norm is None else x + steps.update
         if "hidden" in wanted:
@@ -109,7 +108,7 @@ class BiMambaMixer(nn.Module):
         part: Callable[[Any, str], Any] = getattr if compiling else _part
         get: Callable[[Any, str], Any] = getattr if compiling else _parameter
         lines: list[Tensor] = []
-        for conv_name, x_proj, dt_name, A_log, D in _DIRECTIONS:
+        for conv_name, x_proj, dt_name, A_log, D in DIRECTIONS:
             conv, dt_proj = part(self, conv_name), part(self, dt_name)
             lines += (get(conv, "weight"), _given(get(conv, "bias")), get(part(self, x_proj), "weight"))
             lines += (get(dt_proj, "weight"), get(dt_proj, "bias"), get(self, A_log), get(self, D))
@@ -132,7 +131,7 @@ class BiMambaMixer(nn.Module):
         return Cost(projections, conv, scan, directions=conv + scan, quirks=taps * inner * (taps - 1))
 
 
-def _over(layout: Layout | None) -> kernels.Over:
+def over(layout: Layout | None) -> kernels.Over:
     """Factors on the time step, and the virtual sequences of the convolution and of the scan."""
     if layout is None:
         return kernels.AS_IT_STANDS
@@ -196,36 +195,6 @@ class Block(nn.Module):
 
     def cost(self, length: int, convolved: int | None = None, scanned: int | None = None) -> Cost:
         return self.mixer.cost(length, convolved, scanned)
-
-
-def through(
-    blocks: Sequence[Block], x: Tensor, wanted: Sequence[str] = (), layout: Layout | None = None
-) -> tuple[Tensor, Captured]:
-    """x (B, L, D) fp32 through one block after another, and the `wanted` signals of the last one.
-
-    Blocks that nobody watches or changed can run as one kernel: otherwise each is called as the module that it is.
-    """
-    if len(blocks) > 1 and _AT_ONCE.issuperset(wanted) and all(map(_plain, blocks)):
-        x, dt_mean = kernels.mix(x, [block.mixer.parameters_with(block.norm) for block in blocks], _over(layout))
-        return x, {name: value for name, value in (("dt_mean", dt_mean), ("hidden", x)) if name in wanted}
-    captured: Captured = {}
-    for block in blocks:
-        x, captured = block(x, wanted if block is blocks[-1] else (), layout)
-    return x, captured
-
-
-def _plain(block: Block) -> bool:
-    """Whether a block and its parts are what they were made as, with no hooks of anybody."""
-    parts = (block, block._modules["mixer"], block._modules["norm"])
-    if tuple(map(type, parts)) != (Block, BiMambaMixer, RMSNorm) or _module._has_any_global_hook():
-        return False
-    for part in parts:
-        own: dict[str, Any] = part.__dict__
-        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
-            return False
-        if "forward" in own:
-            return False
-    return True
 
 
 class PatchEmbed(nn.Module):

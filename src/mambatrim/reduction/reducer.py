@@ -147,7 +147,7 @@ class Reducer(nn.Module):
         removed = self.schedule.at(block)
         if removed == 0:
             return tokens
-        if self.tokens not in (None, tokens.origin.length):
+        if self.tokens is not None and self.tokens != tokens.origin.length:
             raise ValueError(
                 f"the reducer was made for {self.tokens} tokens, but the stem made {tokens.origin.length}; "
                 "reduce the model for this image size"

@@ -1,0 +1,147 @@
+"""Blocks one after another: as one kernel, as the modules that they are, or as one operator of a compiled model.
+
+A compiled model that hands its weights to an operator checks every one of them before every call, 416 in a Vim, which
+at one image costs more than there is to gain. So the operator `mambatrim::blocks` takes the list of blocks itself,
+which PyTorch calls an opaque object and does not look into, and reads the weights when it runs, as the model does that
+is not compiled.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as _module
+
+from .. import kernels
+from ..kernels import cpu
+from ..kernels.library import register
+from ..reduction import Layout
+from .layers import AT_ONCE, DIRECTIONS, BiMambaMixer, Block, Captured, RMSNorm, over
+
+try:
+    from torch._library.opaque_object import get_opaque_type_name, register_opaque_type
+    from torch._opaque_base import OpaqueBase
+except ImportError:  # an older PyTorch: its compiled models call `mambatrim::mixers`, and check their weights
+    OpaqueBase, OPAQUE = object, False  # type: ignore[misc, assignment]
+else:
+    OPAQUE = True
+
+
+class Handle(OpaqueBase):
+    """What the operator takes: leads to a trunk, and does not keep it."""
+
+    def __init__(self, trunk: Trunk) -> None:
+        self._trunk = weakref.ref(trunk)
+
+    def blocks(self, first: int, end: int) -> list[Block]:
+        """Blocks first to end - 1, as they are now."""
+        trunk = self._trunk()
+        if trunk is None:
+            raise RuntimeError("the model that was compiled is gone")
+        return _between(trunk, first, end)
+
+
+class Trunk(nn.ModuleList):
+    """The blocks of a model. The handle of a copy leads to the copy."""
+
+    def __init__(self, blocks: Iterable[nn.Module] | None = None) -> None:
+        super().__init__(blocks)
+        self.handle = Handle(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "handle"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.handle = Handle(self)
+
+
+def through(
+    layers: nn.ModuleList, first: int, end: int, x: Tensor, wanted: Sequence[str] = (), layout: Layout | None = None
+) -> tuple[Tensor, Captured]:
+    """x (B, L, D) fp32 through the blocks first to end - 1, and the `wanted` signals of the last one.
+
+    Blocks that nobody watches or changed can run as one kernel: otherwise each is called as the module that it is.
+    """
+    if isinstance(layers, Trunk) and _opaque(x) and AT_ONCE.issuperset(wanted):
+        return _seen(wanted, *torch.ops.mambatrim.blocks(x, layers.handle, first, end, *_flat(layout)))
+    return _run(_between(layers, first, end), x, wanted, layout, kernels.mix)
+
+
+def _run(
+    blocks: list[Block], x: Tensor, wanted: Sequence[str], layout: Layout | None, mix: Callable[..., Any]
+) -> tuple[Tensor, Captured]:
+    if len(blocks) > 1 and AT_ONCE.issuperset(wanted) and all(map(_plain, blocks)):
+        return _seen(wanted, *mix(x, _mixers(blocks), over(layout)))
+    captured: Captured = {}
+    for block in blocks:
+        x, captured = block(x, wanted if block is blocks[-1] else (), layout)
+    return x, captured
+
+
+def _between(layers: nn.ModuleList, first: int, end: int) -> list[Block]:
+    return cast(list[Block], list(layers)[first:end])
+
+
+def _mixers(blocks: Sequence[Block]) -> list[kernels.Mixer]:
+    return [block.mixer.parameters_with(block.norm) for block in blocks]
+
+
+def _seen(wanted: Sequence[str], x: Tensor, dt_mean: Tensor) -> tuple[Tensor, Captured]:
+    return x, {name: value for name, value in (("dt_mean", dt_mean), ("hidden", x)) if name in wanted}
+
+
+def _plain(block: Block) -> bool:
+    """Whether a block and its parts are what they were made as, with no hooks of anybody."""
+    if type(block) is not Block or _module._has_any_global_hook():
+        return False
+    parts = (block, block._modules["mixer"], block._modules["norm"])
+    if tuple(map(type, parts[1:])) != (BiMambaMixer, RMSNorm):
+        return False
+    for part in parts:
+        own: dict[str, Any] = part.__dict__
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+            return False
+        if "forward" in own:
+            return False
+    return True
+
+
+# ------------------------------------------------------------------------------------------------------- the operator
+
+
+def _opaque(x: Tensor) -> bool:
+    """Whether a compiler is to call the operator on these: no gradient of any weight can be wanted."""
+    return OPAQUE and cpu.compiling(x) and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+
+
+def _flat(layout: Layout | None) -> tuple[Tensor | None, ...]:
+    """The last arguments of the operator."""
+    return (None,) * 4 if layout is None else (layout.share, layout.repeats, layout.convolved, layout.scanned)
+
+
+def _layout(share: Tensor | None, *others: Tensor | None) -> Layout | None:
+    return None if share is None else Layout(share, *others)
+
+
+def _operator(x: Tensor, handle: Handle, first: int, end: int, *flat: Tensor | None) -> tuple[Tensor, Tensor]:
+    x, seen = _run(handle.blocks(first, end), x, ("dt_mean",), _layout(*flat), kernels.mix_within)
+    return x, seen["dt_mean"]
+
+
+def _fake(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return kernels.fake_mixed(x, len(DIRECTIONS))
+
+
+if OPAQUE:
+    register_opaque_type(Handle, typ="reference")
+    register(
+        "blocks",
+        f"(Tensor x, {get_opaque_type_name(Handle)} handle, int first, int end, "
+        "Tensor? share, Tensor? repeats, Tensor? convolved, Tensor? scanned) -> (Tensor y, Tensor dt_mean)",
+        *(_operator, None, _fake),
+    )
