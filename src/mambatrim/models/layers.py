@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -104,16 +105,23 @@ class BiMambaMixer(nn.Module):
 
     def parameters_with(self, norm: RMSNorm | None) -> kernels.Mixer:
         """What the kernels take."""
-        compiling = torch.compiler.is_compiling()
-        part: Callable[[Any, str], Any] = getattr if compiling else _part
-        get: Callable[[Any, str], Any] = getattr if compiling else _parameter
+        if not torch.compiler.is_compiling():
+            try:  # attributes of modules go a long way round, and a block asks for thirty
+                return self._mixer(norm, self._modules, self._parameters, _parameters_of)
+            except KeyError:  # what is made when it is asked for, as parametrized weights are
+                pass
+        own = _Attributes(self)
+        return self._mixer(norm, own, own, _Attributes)
+
+    def _mixer(self, norm: RMSNorm | None, parts: Any, own: Any, of: Callable[[Any], Any]) -> kernels.Mixer:
+        """From its parts and parameters by name, and `of` what gives the parameters of a part."""
         lines: list[Tensor] = []
         for conv_name, x_proj, dt_name, A_log, D in DIRECTIONS:
-            conv, dt_proj = part(self, conv_name), part(self, dt_name)
-            lines += (get(conv, "weight"), _given(get(conv, "bias")), get(part(self, x_proj), "weight"))
-            lines += (get(dt_proj, "weight"), get(dt_proj, "bias"), get(self, A_log), get(self, D))
-        in_proj, out_proj = get(part(self, "in_proj"), "weight"), get(part(self, "out_proj"), "weight")
-        scale = None if norm is None else get(norm, "weight")
+            conv, dt_proj = of(parts[conv_name]), of(parts[dt_name])
+            lines += (conv["weight"], _given(conv["bias"]), of(parts[x_proj])["weight"])
+            lines += (dt_proj["weight"], dt_proj["bias"], own[A_log], own[D])
+        in_proj, out_proj = of(parts["in_proj"])["weight"], of(parts["out_proj"])["weight"]
+        scale = None if norm is None else of(norm)["weight"]
         return kernels.Mixer(scale, in_proj, out_proj, lines, (False, True), EPS, self.scale)
 
     def cost(self, length: int, convolved: int | None = None, scanned: int | None = None) -> Cost:
@@ -142,20 +150,17 @@ def over(layout: Layout | None) -> kernels.Over:
     return kernels.Over(layout.repeats, convolved, scanned)
 
 
-def _parameter(module: nn.Module, name: str) -> Any:
-    """getattr(module, name), without the long way round that attributes of modules go: a block asks for thirty."""
-    try:
-        return module._parameters[name]
-    except KeyError:
-        return getattr(module, name)
+_parameters_of = attrgetter("_parameters")
 
 
-def _part(module: nn.Module, name: str) -> Any:
-    """The same of a module within."""
-    try:
-        return module._modules[name]
-    except KeyError:
-        return getattr(module, name)
+class _Attributes:
+    """Attributes of a module as the entries of a dict."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(self._module, name)
 
 
 def _given(bias: Tensor | None) -> Tensor:

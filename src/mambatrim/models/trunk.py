@@ -88,7 +88,8 @@ def _between(layers: nn.ModuleList, first: int, end: int) -> list[Block]:
 
 
 def _mixers(blocks: Sequence[Block]) -> list[kernels.Mixer]:
-    return [block.mixer.parameters_with(block.norm) for block in blocks]
+    parts: Iterable[dict[str, Any]] = (block._modules for block in blocks)
+    return [part["mixer"].parameters_with(part["norm"]) for part in parts]
 
 
 def _seen(wanted: Sequence[str], x: Tensor, dt_mean: Tensor) -> tuple[Tensor, Captured]:
