@@ -7,6 +7,7 @@
 #pragma once
 #include "abi.h"
 #include "memory.h"
+#include "product.h"
 #include "vec.h"
 
 namespace {
@@ -25,15 +26,6 @@ struct Packed {
 
 INLINE int lanes(int64_t channels, int64_t block) { return (int)smaller(W, channels - block * W); }
 
-// m rows of (., columns), from row `first` on, as columns: out[j] has element j of every row, zeros in the other lanes.
-INLINE void pack_rows(vf* out, const float* in, int64_t columns, int64_t first, int m) {
-    if (m < W)
-        for (int64_t j = 0; j < columns; j++) out[j] = vf{};
-    float* lane = (float*)out;
-    for (int i = 0; i < m; i++)
-        for (int64_t j = 0; j < columns; j++) lane[j * W + i] = in[(first + i) * columns + j];
-}
-
 // Where the parameters of each direction lie in `out`, which holds blocks * (N + R + 2) vectors per direction.
 void place(const ScanArgs& p, vf* out, Packed* packed) {
     const int64_t blocks = (p.channels + W - 1) / W, n = p.states, r = p.rank;
@@ -50,9 +42,9 @@ INLINE void pack(const ScanArgs& p, const Packed* packed, int64_t block) {
     for (int64_t s = 0; s < p.directions; s++) {
         const ScanDirection& dir = p.direction[s];
         vf* a = packed[s].a + block * n;
-        pack_rows(a, (const float*)dir.a, n, block * W, m);
+        pack_panel<float, 1>((const float*)dir.a + block * W * n, n, m, a);
         for (int64_t i = 0; i < n; i++) a[i] = (p.log_a ? -exp(a[i]) : a[i]) * LOG2E;
-        if (r) pack_rows(packed[s].weight + block * r, (const float*)dir.weight, r, block * W, m);
+        if (r) pack_panel<float, 1>((const float*)dir.weight + block * W * r, r, m, packed[s].weight + block * r);
         packed[s].bias[block] = dir.bias ? load((const float*)dir.bias + block * W, m) : vf{};
         packed[s].d[block] = dir.d ? load((const float*)dir.d + block * W, m) : vf{};
     }

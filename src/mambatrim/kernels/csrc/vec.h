@@ -124,16 +124,29 @@ INLINE float sum(vf x) {
 #endif
 }
 
-// Loads and stores of the first m of W lanes; the other lanes read as zero. m == W is the fast path.
+#if defined(__AVX512F__)
+INLINE __mmask16 first_lanes(int m) { return m > 0 ? (__mmask16)((1u << m) - 1) : 0; }
+#endif
+
+// Loads and stores of the first m of W lanes, none where m is not positive; the other lanes read as zero. m == W is the
+// fast path.
 INLINE vf load(const float* p, int m) {
     vf x{};
     if (m == W) memcpy(&x, p, sizeof x);
+#if defined(__AVX512F__)
+    else x = (vf)_mm512_maskz_loadu_ps(first_lanes(m), p);
+#else
     else for (int i = 0; i < m; i++) x[i] = p[i];
+#endif
     return x;
 }
 INLINE void store(float* p, vf x, int m) {
     if (m == W) memcpy(p, &x, sizeof x);
+#if defined(__AVX512F__)
+    else _mm512_mask_storeu_ps(p, first_lanes(m), (__m512)x);
+#else
     else for (int i = 0; i < m; i++) p[i] = x[i];
+#endif
 }
 INLINE vf load(const bf16* p, int m) {
     vh x{};
