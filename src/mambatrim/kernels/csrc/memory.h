@@ -10,8 +10,6 @@
 
 namespace {
 
-constexpr int64_t WORTH_THREADS = 1 << 16;  // bytes moved, or a quarter of the multiply-adds, that pay for waking them
-
 INLINE bool outside(int64_t position, int64_t length) { return (uint64_t)position >= (uint64_t)length; }
 
 // Memory of n elements, freed with its scope.

@@ -5,6 +5,7 @@
 #pragma once
 #include "abi.h"
 #include "memory.h"
+#include "threads.h"
 #include "vec.h"
 
 namespace {

@@ -9,6 +9,7 @@
 #include "abi.h"
 #include "memory.h"
 #include "product.h"
+#include "threads.h"
 #include "vec.h"
 
 namespace {

@@ -6,6 +6,7 @@
 #pragma once
 #include "abi.h"
 #include "memory.h"
+#include "threads.h"
 #include "vec.h"
 
 namespace {
@@ -152,17 +153,17 @@ void panel_rows(const ProductArgs& p, int64_t s, const vf* packed, int64_t colum
     }
 }
 
+// The same for all of them, and fetches meanwhile what the thread will pack next: the panel of direction `s_next` from
+// output `next` on.
 template <typename T, typename Y, int V>
-INLINE void panel(const ProductArgs& p, int64_t s, vf* packed, int64_t column, int64_t first, int64_t end) {
+INLINE void panel(const ProductArgs& p, int64_t s, vf* packed, int64_t column, int64_t first, int64_t end, int64_t s_next,
+                  int64_t next) {
     typedef typename Operand<T>::Unit Unit;
-    const int64_t units = p.inputs / Operand<T>::PER_UNIT, live = smaller(V * W, p.outputs - column);
-    pack_panel<T, V>((const Unit*)p.weight[s] + column * units, units, live, packed);
-    // the panel after this one, that of the next thread after that, ...: the tasks are taken in turn
-    const char *weight = (const char*)p.weight[s], *weight_end = weight + p.outputs * units * (int64_t)sizeof(Unit);
-    const int64_t bytes = V * W * units * (int64_t)sizeof(Unit);
-    Soon soon{weight + column * units * (int64_t)sizeof(Unit) + p.threads * bytes, weight_end, 0};
-    soon.end = soon.end < soon.at + bytes ? soon.end : soon.at + bytes;
-    soon.part = bytes / ((end - first + TALL - 1) / TALL) + 64;
+    const int64_t units = p.inputs / Operand<T>::PER_UNIT, there = smaller(V * W, p.outputs - next);
+    pack_panel<T, V>((const Unit*)p.weight[s] + column * units, units, smaller(V * W, p.outputs - column), packed);
+    const char* weight = (const char*)((const Unit*)p.weight[s_next] + next * units);
+    const int64_t bytes = there > 0 ? there * units * (int64_t)sizeof(Unit) : 0;
+    Soon soon{weight, weight + bytes, bytes / ((end - first + TALL - 1) / TALL) + 64};
     constexpr int LOW = TALL / 2;  // the last rows
     const int64_t rest = (end - first) % TALL, full = end - (rest && rest <= LOW ? rest : 0);
     panel_rows<T, Y, TALL, V>(p, s, packed, column, first, full, soon);
@@ -175,7 +176,8 @@ int product(const ProductArgs& p) {
     const int64_t width = (vectors + panels - 1) / panels;  // vectors of a panel: all about alike
     // the panels are shared out, and where they do not go round their rows are too
     const int64_t units = panels * p.directions, parts = units % p.threads ? (4 * p.threads + units - 1) / units : 1;
-    const int64_t share = ((p.rows + parts - 1) / parts + TALL - 1) / TALL * TALL, shares = (p.rows + share - 1) / share;
+    const int64_t height = ((p.rows + parts - 1) / parts + TALL - 1) / TALL * TALL, slices = (p.rows + height - 1) / height;
+    Shares shares(units * slices, p.threads);
     int failed = 0;
 #pragma omp parallel num_threads((int)p.threads) if (p.threads > 1)
     {
@@ -185,16 +187,16 @@ int product(const ProductArgs& p) {
 #pragma omp atomic write
             failed = 1;
         }
-#pragma omp for collapse(3) schedule(dynamic, 1)
-        for (int64_t s = 0; s < p.directions; s++)
-            for (int64_t number = 0; number < panels; number++)
-                for (int64_t part = 0; part < shares; part++) {
-                    const int64_t column = number * width * W, first = part * share, end = smaller(p.rows, first + share);
-                    if (!packed || column >= p.outputs) continue;  // every thread has to meet the loop
-                    if (width == 1) panel<T, Y, 1>(p, s, packed, column, first, end);
-                    else if (width == 2) panel<T, Y, 2>(p, s, packed, column, first, end);
-                    else panel<T, Y, WIDE>(p, s, packed, column, first, end);
-                }
+        const auto make = [&](int64_t task) {
+            const int64_t unit = task / slices, s = unit % p.directions, column = unit / p.directions * width * W;
+            const int64_t s_next = (unit + 1) % p.directions, next = (unit + 1) / p.directions * width * W;
+            const int64_t first = task % slices * height, end = smaller(p.rows, first + height);
+            if (column >= p.outputs) return;
+            if (width == 1) panel<T, Y, 1>(p, s, packed, column, first, end, s_next, next);
+            else if (width == 2) panel<T, Y, 2>(p, s, packed, column, first, end, s_next, next);
+            else panel<T, Y, WIDE>(p, s, packed, column, first, end, s_next, next);
+        };
+        if (packed) shares.work(make);
         kept.drop();
     }
     return failed;

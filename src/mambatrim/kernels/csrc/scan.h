@@ -8,6 +8,7 @@
 #include "abi.h"
 #include "memory.h"
 #include "product.h"
+#include "threads.h"
 #include "vec.h"
 
 namespace {
@@ -155,6 +156,7 @@ int scan_tasks(const ScanArgs& p, Block run) {
     }
     Packed packed[4];
     place(p, parameters, packed);
+    Shares shares(tasks, p.threads);
     int failed = 0;
 #pragma omp parallel num_threads((int)p.threads) if (p.threads > 1)
     {
@@ -166,9 +168,7 @@ int scan_tasks(const ScanArgs& p, Block run) {
 #pragma omp atomic write
             failed = 1;
         }
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t task = 0; task < tasks; task++) {
-            if (!ready) continue;  // every thread has to meet the loop
+        const auto make = [&](int64_t task) {
             const int64_t b = task / groups, group = task % groups;
             const int64_t end = smaller((group + 1) * per_task, blocks);
             // the directions of a block follow each other; the mean of dt needs one sum per direction over all blocks
@@ -181,7 +181,8 @@ int scan_tasks(const ScanArgs& p, Block run) {
                     const bool fresh = block == group * per_task;
                     for (int64_t t = 0; t < length; t++) mean[t] = (fresh ? 0.0f : mean[t]) + sum(sum_dt[t]);
                 }
-        }
+        };
+        if (ready) shares.work(make);
     }
     for (int64_t b = 0; b < p.batch && means && !failed; b++)
         for (int64_t s = 0; s < p.directions; s++) {
