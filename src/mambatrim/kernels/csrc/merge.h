@@ -13,7 +13,8 @@ namespace {
 // ------------------------------------------------------------------------------------------------------------ rows
 
 int take_rows(const RowsArgs& p) {
-    const int64_t images = p.batch * p.directions, worth = images * p.count * p.bytes;
+    const int64_t images = p.batch * p.directions;
+    [[maybe_unused]] const int64_t worth = images * p.count * p.bytes;  // unused without OpenMP, as below
     int failed = 0;
 #pragma omp parallel for schedule(static) num_threads((int)p.threads) if (p.threads > 1 && worth > WORTH_THREADS)
     for (int64_t image = 0; image < images; image++) {
@@ -172,7 +173,7 @@ INLINE void merge_columns(const MergeArgs& p, int64_t b, const Groups& groups, i
 
 int merge(const MergeArgs& p) {
     const int64_t stripe = 256, stripes = (p.columns + stripe - 1) / stripe;
-    const int64_t worth = p.batch * p.kept * p.columns * (int64_t)sizeof(float);
+    [[maybe_unused]] const int64_t worth = p.batch * p.kept * p.columns * (int64_t)sizeof(float);
     Memory<float> share(p.batch * p.length), total(p.batch * p.kept);
     Memory<int64_t> joined(p.batch * p.kept), tokens(p.batch * p.length);
     if (!share || !total || !joined || !tokens) return 1;

@@ -310,7 +310,8 @@ int search(const NearestArgs& p, int64_t b, int64_t first, const Targets& target
 
 int nearest(const NearestArgs& p) {
     const int64_t panels = (p.targets + PANEL - 1) / PANEL, tasks = (p.sources + PER_TASK - 1) / PER_TASK;
-    const int64_t size = p.columns * SIDE, worth = p.batch * p.sources * p.targets * p.columns / 4;
+    const int64_t size = p.columns * SIDE;
+    [[maybe_unused]] const int64_t worth = p.batch * p.sources * p.targets * p.columns / 4;  // unused without OpenMP
     const bool screens = Screen::worth(p);
     // of an image: unit rows, then the numbers of its screen or its panels
     const int64_t units = panels * size, each = units + (screens ? panels * (p.columns + 1) / 2 * SIDE : units);
