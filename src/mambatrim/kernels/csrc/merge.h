@@ -153,14 +153,14 @@ INLINE bool merge_numbers(const MergeArgs& p, int64_t b, const Groups& groups) {
     return true;
 }
 
-// Columns `from` to `to` of the rows of one image: x_target + sum of share (x_source - x_target).
-INLINE void merge_columns(const MergeArgs& p, int64_t b, const Groups& groups, int64_t from, int64_t to) {
+// Rows `from` to `to` of one image: x_target + sum of share (x_source - x_target).
+INLINE void merge_rows(const MergeArgs& p, int64_t b, const Groups& groups, int64_t from, int64_t to) {
     const int64_t* keep = (const int64_t*)p.keep + b * p.kept;
     const float* x = (const float*)p.x + b * p.length * p.columns;
     float* y = (float*)p.out_x + b * p.kept * p.columns;
-    for (int64_t k = 0; k < p.kept; k++)
-        for (int64_t i = from; i < to; i += W) {
-            const int m = (int)smaller(W, to - i);
+    for (int64_t k = from; k < to; k++)
+        for (int64_t i = 0; i < p.columns; i += W) {
+            const int m = (int)smaller(W, p.columns - i);
             const vf target = load(x + keep[k] * p.columns + i, m);
             vf row = target;
             for (int64_t j = k ? groups.joined[k - 1] : 0; j < groups.joined[k]; j++) {
@@ -172,7 +172,8 @@ INLINE void merge_columns(const MergeArgs& p, int64_t b, const Groups& groups, i
 }
 
 int merge(const MergeArgs& p) {
-    const int64_t stripe = 256, stripes = (p.columns + stripe - 1) / stripe;
+    constexpr int64_t PER_TASK = 32;  // rows
+    const int64_t parts = (p.kept + PER_TASK - 1) / PER_TASK;
     [[maybe_unused]] const int64_t worth = p.batch * p.kept * p.columns * (int64_t)sizeof(float);
     Memory<float> share(p.batch * p.length), total(p.batch * p.kept);
     Memory<int64_t> joined(p.batch * p.kept), tokens(p.batch * p.length);
@@ -191,8 +192,8 @@ int merge(const MergeArgs& p) {
             }
 #pragma omp for collapse(2) schedule(static)
         for (int64_t b = 0; b < p.batch; b++)
-            for (int64_t part = 0; part < stripes; part++)
-                if (!failed) merge_columns(p, b, groups(b), part * stripe, smaller(p.columns, (part + 1) * stripe));
+            for (int64_t part = 0; part < parts; part++)
+                if (!failed) merge_rows(p, b, groups(b), part * PER_TASK, smaller(p.kept, (part + 1) * PER_TASK));
     }
     return failed;
 }
