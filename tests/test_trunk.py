@@ -123,6 +123,58 @@ def test_a_trunk_is_not_kept_by_its_handle(small):
         handle.blocks(0, 1)
 
 
+def functional(model, images):
+    weights = {name: 1.5 * weight for name, weight in model.named_parameters()}
+    return torch.func.functional_call(model, weights, (images,))
+
+
+def in_place(model, images):
+    model.layers[0].mixer.in_proj.weight.mul_(1.5)
+    return model(images)
+
+
+NO_SKIP = torch.nn.Parameter(torch.zeros(64), requires_grad=False)
+
+
+def assigned(model, images):
+    model.layers[0].mixer.D = NO_SKIP
+    return model(images)
+
+
+@pytest.mark.parametrize("around", [functional, in_place, assigned])
+def test_code_around_the_model_may_give_it_other_weights(small, around):
+    """It is part of the same graph, and what it does to weights is known to the compiler alone."""
+    before, wanted = small(IMAGES), around(copy.deepcopy(small), IMAGES)
+    graphs, other = [], copy.deepcopy(small)
+    torch.testing.assert_close(compiled(lambda images: around(other, images), graphs)(IMAGES), wanted)
+    assert not torch.allclose(wanted, before) and calls(graphs[0]) == 0
+
+
+def test_weights_that_are_swapped_around_the_compiled_model_are_seen(small):
+    weights = {f"_orig_mod.{name}": 1.5 * weight for name, weight in small.named_parameters()}
+    run, wanted = compiled(small), functional(small, IMAGES)
+    assert not torch.allclose(run(IMAGES), wanted)
+    torch.testing.assert_close(torch.func.functional_call(run, weights, (IMAGES,)), wanted)
+
+
+class Same(torch.nn.Module):
+    """A block of somebody who returns what he got."""
+
+    def forward(self, x, wanted=(), layout=None):
+        return x, {}
+
+
+def test_blocks_of_others(small):
+    for at in (1, 3):
+        small.layers[at] = Same()
+    graphs = []
+    run = compiled(mambatrim.reduce(small, schedule=mambatrim.Schedule((9, 0, 0, 0))), graphs)
+    torch.testing.assert_close(run(IMAGES), run._orig_mod(IMAGES))
+    small.layers[2] = small.layers[1]
+    torch.testing.assert_close(run(IMAGES), run._orig_mod(IMAGES))
+    assert calls(graphs[0]) == 2
+
+
 def test_gradients_autocast_other_signals_and_exporters_do_without(small):
     def graph(run):
         graphs = []

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..reduction import STEM, Cost, Reducer, Tokens
 from .layers import BiMambaMixer, Block, PatchEmbed, RMSNorm, join_rows, resize_positions, split_rows
 from .spec import ModelSpec
-from .trunk import Trunk, through
+from .trunk import Trunk, through, whole
 
 ImageSize = int | tuple[int, ...] | None
 
@@ -197,6 +197,7 @@ class FlatMamba(nn.Module):
         x = join_rows(patches, special, self.special_at(patches.shape[1])) + self.positions(grid)  # (B, L0, D)
         return Tokens.start(x.to(torch.float32), grid)
 
+    @whole
     def forward_features(self, images: Tensor, unmerge: bool = False) -> Tokens:
         """The tokens after the last block, before the final norm.
 
@@ -207,6 +208,7 @@ class FlatMamba(nn.Module):
         tokens, _ = self._run(images, ())
         return Tokens.start(tokens.dense(), tokens.grid) if unmerge else tokens
 
+    @whole
     def feature_maps(self, images: Tensor, layers: Collection[int]) -> list[Tensor]:
         """The stream after some blocks (0-based, ascending) on the full grid: (B, D, h, w) or (B, D, t, h, w) each.
 
@@ -254,6 +256,7 @@ class FlatMamba(nn.Module):
         """Logits (B, num_classes)."""
         return self.head(self.pool(tokens)).to(torch.float32)
 
+    @whole
     def forward(self, images: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(images))
 

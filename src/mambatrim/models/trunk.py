@@ -3,14 +3,16 @@
 A compiled model that hands its weights to an operator checks every one of them before every call, 416 in a Vim, which
 at one image costs more than there is to gain. So the operator `mambatrim::blocks` takes the list of blocks itself,
 which PyTorch calls an opaque object and does not look into, and reads the weights when it runs, as the model does that
-is not compiled.
+is not compiled. That is right where a graph is made of a model alone: code around it that is part of the same graph may
+give it other weights, as `torch.func.functional_call` does, of which only the compiler would know.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, cast
+from types import CodeType
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +31,9 @@ except ImportError:  # an older PyTorch: its compiled models call `mambatrim::mi
     OpaqueBase, OPAQUE = object, False  # type: ignore[misc, assignment]
 else:
     OPAQUE = True
+
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Handle(OpaqueBase):
@@ -68,7 +73,8 @@ def through(
     Blocks that nobody watches or changed can run as one kernel: otherwise each is called as the module that it is.
     """
     if isinstance(layers, Trunk) and _opaque(x) and AT_ONCE.issuperset(wanted):
-        return _seen(wanted, *torch.ops.mambatrim.blocks(x, layers.handle, first, end, *_flat(layout)))
+        means = "dt_mean" in wanted
+        return _seen(wanted, *torch.ops.mambatrim.blocks(x, layers.handle, first, end, means, *_flat(layout)))
     return _run(_between(layers, first, end), x, wanted, layout, kernels.mix)
 
 
@@ -114,10 +120,31 @@ def _plain(block: Block) -> bool:
 
 # ------------------------------------------------------------------------------------------------------- the operator
 
+_WHOLE: set[CodeType] = set()
+
+
+def whole(method: F) -> F:
+    """Marks a method of a model that changes no weights, and where a graph may begin."""
+    _WHOLE.add(method.__code__)
+    return method
+
 
 def _opaque(x: Tensor) -> bool:
     """Whether a compiler is to call the operator on these: no gradient of any weight can be wanted."""
-    return OPAQUE and cpu.compiling(x) and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+    if not OPAQUE or not cpu.compiling(x) or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        return False
+    return _alone()
+
+
+@torch.compiler.assume_constant_result
+def _alone() -> bool:
+    """Whether the graph that is being made is of a model and of nothing around it."""
+    try:
+        from torch._dynamo.symbolic_convert import InstructionTranslator
+
+        return InstructionTranslator.current_tx().output.root_tx.f_code in _WHOLE
+    except (ImportError, AttributeError):  # another PyTorch
+        return False
 
 
 def _flat(layout: Layout | None) -> tuple[Tensor | None, ...]:
@@ -129,20 +156,24 @@ def _layout(share: Tensor | None, *others: Tensor | None) -> Layout | None:
     return None if share is None else Layout(share, *others)
 
 
-def _operator(x: Tensor, handle: Handle, first: int, end: int, *flat: Tensor | None) -> tuple[Tensor, Tensor]:
-    x, seen = _run(handle.blocks(first, end), x, ("dt_mean",), _layout(*flat), kernels.mix_within)
-    return x, seen["dt_mean"]
+def _operator(
+    x: Tensor, handle: Handle, first: int, end: int, means: bool, *flat: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    wanted = ("dt_mean",) if means else ()
+    y, seen = _run(handle.blocks(first, end), x, wanted, _layout(*flat), kernels.mix_within)
+    return y.clone() if y is x else y, seen.get("dt_mean", x.new_empty(0))
 
 
-def _fake(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return kernels.fake_mixed(x, len(DIRECTIONS))
+def _fake(x: Tensor, handle: Any, first: int, end: int, means: bool, *_: Any) -> tuple[Tensor, Tensor]:
+    y, dt_mean = kernels.fake_mixed(x, len(DIRECTIONS))
+    return y, dt_mean if means else x.new_empty(0)
 
 
 if OPAQUE:
     register_opaque_type(Handle, typ="reference")
     register(
         "blocks",
-        f"(Tensor x, {get_opaque_type_name(Handle)} handle, int first, int end, "
+        f"(Tensor x, {get_opaque_type_name(Handle)} handle, int first, int end, bool means, "
         "Tensor? share, Tensor? repeats, Tensor? convolved, Tensor? scanned) -> (Tensor y, Tensor dt_mean)",
         *(_operator, None, _fake),
     )
