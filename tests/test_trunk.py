@@ -65,6 +65,11 @@ def test_it_compiles_to_machine_code(small):
         torch.testing.assert_close(run(images), fast(images))
 
 
+def test_code_in_cpp_takes_no_objects(small):
+    run = torch.compile(small, fullgraph=True, options={"cpp_wrapper": True})
+    torch.testing.assert_close(run(IMAGES), small(IMAGES))
+
+
 def test_what_changes_after_compiling_is_seen(small):
     graphs, seen = [], []
     run = compiled(small, graphs)

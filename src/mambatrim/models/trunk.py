@@ -81,7 +81,7 @@ def through(
 def _run(
     blocks: list[Block], x: Tensor, wanted: Sequence[str], layout: Layout | None, mix: Callable[..., Any]
 ) -> tuple[Tensor, Captured]:
-    if len(blocks) > 1 and AT_ONCE.issuperset(wanted) and all(map(_plain, blocks)):
+    if AT_ONCE.issuperset(wanted) and all(map(_plain, blocks)):
         return _seen(wanted, *mix(x, _mixers(blocks), over(layout)))
     captured: Captured = {}
     for block in blocks:
@@ -138,11 +138,15 @@ def _opaque(x: Tensor) -> bool:
 
 @torch.compiler.assume_constant_result
 def _alone() -> bool:
-    """Whether the graph that is being made is of a model and of nothing around it."""
+    """Whether the graph that is being made is of a model and of nothing around it, by a compiler that knows objects."""
     try:
         from torch._dynamo.symbolic_convert import InstructionTranslator
+        from torch._inductor import config
 
-        return InstructionTranslator.current_tx().output.root_tx.f_code in _WHOLE
+        output = InstructionTranslator.current_tx().output
+        options = getattr(output.compiler_fn, "config", {})
+        in_cpp = options.get("cpp_wrapper", config.cpp_wrapper)  # its code takes tensors and numbers alone
+        return output.root_tx.f_code in _WHOLE and not in_cpp
     except (ImportError, AttributeError):  # another PyTorch
         return False
 
