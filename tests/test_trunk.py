@@ -180,6 +180,15 @@ def test_blocks_of_others(small):
     assert calls(graphs[0]) == 2
 
 
+def test_a_block_of_somebody_without_the_signal(small):
+    """A sentence, and no empty scores for the step behind it."""
+    small.layers[1] = Same()
+    fast = mambatrim.reduce(small, method="mtr", schedule=mambatrim.Schedule((0, 9, 0, 0)))
+    for run in (fast, compiled(fast)):
+        with pytest.raises(ValueError, match="'dt_mean', but|'dt_mean' is needed, but block 1 returned no such signal"):
+            run(IMAGES)
+
+
 def test_gradients_autocast_other_signals_and_exporters_do_without(small):
     def graph(run):
         graphs = []

@@ -165,7 +165,9 @@ def _operator(
 ) -> tuple[Tensor, Tensor]:
     wanted = ("dt_mean",) if means else ()
     y, seen = _run(handle.blocks(first, end), x, wanted, _layout(*flat), kernels.mix_within)
-    return y.clone() if y is x else y, seen.get("dt_mean", x.new_empty(0))
+    if means and "dt_mean" not in seen:
+        raise ValueError(f"'dt_mean' is needed, but block {end - 1} returned no such signal")
+    return y.clone() if y is x else y, seen["dt_mean"] if means else x.new_empty(0)
 
 
 def _fake(x: Tensor, handle: Any, first: int, end: int, means: bool, *_: Any) -> tuple[Tensor, Tensor]:
