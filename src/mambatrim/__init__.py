@@ -2,7 +2,7 @@
 
 from . import adapters, methods
 from .adapters import attach
-from .apply import reduce
+from .apply import pack, reduce
 from .convert import convert
 from .data import load_images
 from .evaluate import evaluate
@@ -30,6 +30,7 @@ __all__ = [
     "list_models",
     "load_images",
     "methods",
+    "pack",
     "reduce",
     "save_pretrained",
     "solve",

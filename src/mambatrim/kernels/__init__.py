@@ -5,6 +5,7 @@ from .convolution import causal_conv1d
 from .linear import linear
 from .mixer import AS_IT_STANDS, Mixer, MixerDirection, Over, Steps, compose, fake_mixed, mix, mix_within
 from .norm import rms_norm
+from .packed import Packing, mix_packed, pack
 from .projection import project
 from .scan import Direction, Scan, scan, selective_scan
 from .scan_operator import scan_macs
@@ -17,6 +18,7 @@ __all__ = [
     "Mixer",
     "MixerDirection",
     "Over",
+    "Packing",
     "Scan",
     "Steps",
     "Virtual",
@@ -28,7 +30,9 @@ __all__ = [
     "fake_mixed",
     "linear",
     "mix",
+    "mix_packed",
     "mix_within",
+    "pack",
     "project",
     "rms_norm",
     "rounds_macs",

@@ -38,6 +38,7 @@ def record(
         *cpu.rows(x),
         *(cpu.pointer(y), cpu.pointer(grad_y), cpu.pointer(grad_x)),
         *cpu.virtual(virtual),
+        cpu.UNPACKED,
     )
     directions = [
         struct.pack(

@@ -18,15 +18,17 @@ from .library import MAX_DIRECTIONS
 _PLAIN = (Tensor, nn.Parameter)
 LEVELS = ("generic", "avx2", "avx512", "avx512_bf16")
 # the records of csrc/abi.h, in 8-byte fields: head, one direction
-SCAN, SCAN_DIRECTION = "<22qd", "<27q"
-CONV, CONV_DIRECTION = "<17q", "<5q"
-NORM, PRODUCT = "<10qd", "<15q"
-MIXER, MIXERS = f"<23q2d{3 + 7 * MAX_DIRECTIONS}q", "<q"
+SCAN, SCAN_DIRECTION = "<23qd", "<27q"
+CONV, CONV_DIRECTION = "<18q", "<5q"
+NORM, PRODUCT = "<10qd", "<16q"
+MIXER, MIXERS = f"<23q2d{4 + 7 * MAX_DIRECTIONS}q", "<3q"
 # of the step between two blocks
 ROWS, NEAREST, LINKS, LIFT, MERGE = "<11q", "<13q", "<9q", "<12q", "<17q"
 # of whole steps
 RANKED, CLUSTERED = "<18q", "<16q3d"
 CLUSTER = "<13qd"
+# where a record has no packed parameters
+UNPACKED = 0
 
 
 def _abi() -> int:
@@ -124,6 +126,14 @@ def call(name: str, record: bytes) -> None:
         raise MemoryError(f"not enough memory for the temporaries of {name}")
     if code:
         raise IndexError(f"{name}: a position lies outside the sequence, or is named twice")
+
+
+def ask(name: str, record: bytes) -> int:
+    """A number from an exported function."""
+    library, reason = _load()
+    if library is None:
+        raise RuntimeError(reason)
+    return int(getattr(library, f"mambatrim_{name}")(record))
 
 
 def rows(x: Tensor | None) -> tuple[int, int, int]:

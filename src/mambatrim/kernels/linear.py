@@ -82,7 +82,7 @@ def products(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None = None) -
         rows = y.numel() // (directions * outputs)
         head = (directions, rows, inputs, outputs, x.dtype == torch.bfloat16, torch.get_num_threads())
         pointers = [weight.data_ptr() for weight in weights] + [0] * (MAX_DIRECTIONS - directions)
-        ends = (x.data_ptr(), rows * inputs, y.data_ptr(), cpu.pointer(bias), 0)
+        ends = (x.data_ptr(), rows * inputs, y.data_ptr(), cpu.pointer(bias), 0, cpu.UNPACKED)
         cpu.call("product", _RECORD(*head, *ends, *pointers))
     return y
 

@@ -9,7 +9,6 @@ block, and what one step makes is still in the cache when the next one reads it.
 
 from __future__ import annotations
 
-import math
 import struct
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -29,7 +28,8 @@ from .scan import MAX_STATES, Direction, scan
 from .scan_operator import scan_macs
 from .virtual import Virtual
 
-_RECORD, _COUNT = struct.Struct(cpu.MIXER).pack, struct.Struct(cpu.MIXERS).pack
+# of csrc/abi.h: one mixer, and what stands before them
+RECORD, COUNT = struct.Struct(cpu.MIXER).pack, struct.Struct(cpu.MIXERS).pack
 
 
 class MixerDirection(NamedTuple):
@@ -104,11 +104,11 @@ def mix(x: Tensor, mixers: Sequence[Mixer], over: Over = AS_IT_STANDS) -> tuple[
     Returns:
         x (B, L, D), and the time step's mean over channels (B, S, L) of the last mixer.
     """
-    weights = _weights(mixers)
-    if cpu.direct(x, *weights, *_tensors(over)):
+    weights = weights_of(mixers)
+    if cpu.direct(x, *weights, *tensors_of(over)):
         if _takes(x, mixers, weights, over):
             return _compiled(x, mixers, weights, over)
-    elif cpu.compiling(x, *weights, *_tensors(over)) and _alike(mixers) and not torch.is_autocast_enabled("cpu"):
+    elif cpu.compiling(x, *weights, *tensors_of(over)) and alike(mixers) and not torch.is_autocast_enabled("cpu"):
         return torch.ops.mambatrim.mixers(x, *_flat(mixers, over))
     return _composed(x, mixers, over)
 
@@ -120,12 +120,12 @@ def _composed(x: Tensor, mixers: Sequence[Mixer], over: Over) -> tuple[Tensor, T
     return x, dt_mean
 
 
-def _alike(mixers: Sequence[Mixer]) -> bool:
+def alike(mixers: Sequence[Mixer]) -> bool:
     """Whether they have one set of options, as one call of the operator has."""
     return all(mixer[4:] == mixers[0][4:] for mixer in mixers)
 
 
-def _weights(mixers: Sequence[Mixer]) -> list[Tensor]:
+def weights_of(mixers: Sequence[Mixer]) -> list[Tensor]:
     """All parameters of all mixers, in the order of the record."""
     found: list[Tensor] = []
     for norm, in_proj, out_proj, lines, *_ in mixers:
@@ -133,7 +133,7 @@ def _weights(mixers: Sequence[Mixer]) -> list[Tensor]:
     return found
 
 
-def _tensors(over: Over) -> list[Tensor]:
+def tensors_of(over: Over) -> list[Tensor]:
     found = [] if over.repeats is None else [over.repeats]
     for virtual in over[1:]:
         found += virtual or ()
@@ -141,20 +141,30 @@ def _tensors(over: Over) -> list[Tensor]:
 
 
 def _takes(x: Tensor, mixers: Sequence[Mixer], weights: list[Tensor], over: Over) -> bool:
-    """Whether the compiled kernel takes these: fp32, or bf16 where it is the one to multiply that; contiguous, and of
-    shapes that fit. The composition says what does not fit."""
-    if x.dtype is not torch.float32 or x.dim() != 3 or torch.is_autocast_enabled("cpu"):
+    """Whether the compiled kernel takes these. The composition says what does not fit."""
+    if torch.is_autocast_enabled("cpu") or not takes_stream(x, over):
+        return False
+    return takes_weights(mixers, weights, x.shape[2])
+
+
+def takes_stream(x: Tensor, over: Over) -> bool:
+    """Whether the compiled kernel takes such a stream over such a sequence."""
+    if x.dtype is not torch.float32 or x.dim() != 3:
         return False
     repeats, convolved, scanned = over
     if repeats is not None and repeats.shape != x.shape[:2]:
         return False
-    if convolved is not None and scanned is not None and convolved.share is not scanned.share:
-        return False
+    return convolved is None or scanned is None or convolved.share is scanned.share
+
+
+def takes_weights(mixers: Sequence[Mixer], weights: list[Tensor], columns: int) -> bool:
+    """Whether the compiled kernel takes such parameters for a stream of so many columns: fp32, or bf16 where it is the
+    one to multiply that; contiguous, and of shapes that fit."""
     _, in_proj, _, lines, reverse, *_ = mixers[0]
     line = MixerDirection(*lines[:FIELDS])
     if (line.conv.dim(), line.dt_proj.dim(), line.A_log.dim()) != (3, 2, 2):
         return False
-    columns, (channels, states), (_, rank), taps = x.shape[2], line.A_log.shape, line.dt_proj.shape, line.conv.shape[2]
+    (channels, states), (_, rank), taps = line.A_log.shape, line.dt_proj.shape, line.conv.shape[2]
     directions, kind, fp32 = len(reverse), in_proj.dtype, torch.float32
     if directions > MAX_DIRECTIONS or taps > MAX_TAPS or states > MAX_STATES:
         return False
@@ -170,35 +180,63 @@ def _takes(x: Tensor, mixers: Sequence[Mixer], weights: list[Tensor], over: Over
 
 
 def _compiled(x: Tensor, mixers: Sequence[Mixer], weights: list[Tensor], over: Over) -> tuple[Tensor, Tensor]:
-    batch, length, columns = x.shape
-    _, in_proj, _, lines, reverse, *_ = mixers[0]
-    x, directions, last, line = x.contiguous(), len(reverse), len(mixers) - 1, MixerDirection(*lines[:FIELDS])
-    y, dt_mean = torch.empty_like(x), x.new_empty((batch, directions, length))
-    spare = torch.empty_like(x) if last else y
-    place: tuple[int, ...] = _NOWHERE
-    if over is not AS_IT_STANDS:
-        over = _ready(over, batch, length)
-        place = _place(over)
+    x, last, sizes = x.contiguous(), len(mixers) - 1, sizes_of(mixers[0])
+    y, spare, dt_mean = outputs(x, last + 1, sizes)
+    over, place = placed(over, x)
     if not y.numel():
         return y, dt_mean
-    head = (batch, length, columns, *line.A_log.shape, line.dt_proj.shape[1], line.conv.shape[2], directions)
-    head = (*head, in_proj.dtype is torch.bfloat16, torch.get_num_threads())
-    unused = (0,) * (MAX_DIRECTIONS - directions)
-    records, source, step = [_COUNT(len(mixers))], x.data_ptr(), 3 + FIELDS * directions
+    head, unused, step = head_of(x, sizes), (0,) * (MAX_DIRECTIONS - sizes.directions), 3 + FIELDS * sizes.directions
+    records, source = [COUNT(len(mixers), cpu.UNPACKED, 0)], x.data_ptr()
     pointers, ends = [one.data_ptr() for one in weights], (y.data_ptr(), spare.data_ptr())
     for i, (_, _, _, _, reverse, eps, scale) in enumerate(mixers):
         target = ends[(last - i) % 2]  # by turns, so that the last one writes y
         means = dt_mean.data_ptr() if i == last else 0
         options = (*place, *reverse, *unused, eps, scale)
         rest = pointers[i * step : i * step + step]
-        records.append(_RECORD(*head, source, target, means, *options, *rest, *unused * FIELDS))
+        records.append(RECORD(*head, source, target, means, *options, *rest, *unused * FIELDS, cpu.UNPACKED))
         source = target
     cpu.call("mixers", b"".join(records))
     return y, dt_mean
 
 
-# addresses of an `Over`
-_NOWHERE = (0,) * 6
+class Sizes(NamedTuple):
+    """Of a mixer."""
+
+    channels: int
+    states: int
+    rank: int
+    taps: int
+    directions: int
+    bfloat16: int  # 1: the projections are bf16
+
+
+def sizes_of(mixer: Mixer) -> Sizes:
+    line = MixerDirection(*mixer.lines[:FIELDS])
+    (channels, states), rank, taps = line.A_log.shape, line.dt_proj.shape[1], line.conv.shape[2]
+    return Sizes(channels, states, rank, taps, len(mixer.reverse), int(mixer.in_proj.dtype is torch.bfloat16))
+
+
+def outputs(x: Tensor, count: int, sizes: Sizes) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for what `count` mixers make of x, for what lies between two of them, and for the means of the steps."""
+    y, dt_mean = torch.empty_like(x), x.new_empty((x.shape[0], sizes.directions, x.shape[1]))
+    return y, torch.empty_like(x) if count > 1 else y, dt_mean
+
+
+def head_of(x: Tensor, sizes: Sizes) -> tuple[int, ...]:
+    """The first fields of a RECORD."""
+    return (*x.shape, *sizes, torch.get_num_threads())
+
+
+# the addresses of AS_IT_STANDS
+NOWHERE = (0,) * 6
+
+
+def placed(over: Over, x: Tensor) -> tuple[Over, tuple[int, ...]]:
+    """The same as the kernel reads it, for as long as it runs, and its addresses."""
+    if over is AS_IT_STANDS:
+        return over, NOWHERE
+    over = _ready(over, *x.shape[:2])
+    return over, _place(over)
 
 
 def _ready(over: Over, batch: int, length: int) -> Over:
@@ -232,14 +270,27 @@ def _source(virtual: Virtual | None) -> tuple[int, int]:
 # ------------------------------------------------------------------------------------------------------- the operator
 
 
-def _flat(mixers: Sequence[Mixer], over: Over) -> tuple[object, ...]:
-    """The arguments of the operator behind x."""
+def parts_of(over: Over) -> tuple[Tensor | None, ...]:
+    """The last arguments of an operator: repeats, sources of the virtual sequences, their share."""
     repeats, convolved, scanned = over
     sources = (None if one is None else one.source for one in (convolved, scanned))
+    return (repeats, *sources, _share(over))
+
+
+def over_of(repeats: Tensor | None, convolved: Tensor | None, scanned: Tensor | None, share: Tensor | None) -> Over:
+    """The inverse of `parts_of`."""
+    if repeats is None and share is None:
+        return AS_IT_STANDS
+    virtual = (None if source is None or share is None else Virtual(source, share) for source in (convolved, scanned))
+    return Over(repeats, *virtual)
+
+
+def _flat(mixers: Sequence[Mixer], over: Over) -> tuple[object, ...]:
+    """The arguments of the operator behind x."""
     norms, in_projs, out_projs, lines, *_ = zip(*mixers, strict=True)
     flat = [one for some in lines for one in some]
     options = (list(mixers[0].reverse), mixers[0].eps, mixers[0].scale)
-    return (list(norms), list(in_projs), list(out_projs), flat, *options, repeats, *sources, _share(over))
+    return (list(norms), list(in_projs), list(out_projs), flat, *options, *parts_of(over))
 
 
 def _operator(x: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
@@ -248,7 +299,7 @@ def _operator(x: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
 
 def mix_within(x: Tensor, mixers: Sequence[Mixer], over: Over = AS_IT_STANDS) -> tuple[Tensor, Tensor]:
     """The same as `mix` for operators: PyTorch has seen the call, and records and transforms nothing any more."""
-    weights = _weights(mixers)
+    weights = weights_of(mixers)
     if x.is_cpu and cpu.handles(x) and _takes(x, mixers, weights, over):
         return _compiled(x, mixers, weights, over)
     y, dt_mean = _composed(x, mixers, over)
@@ -263,20 +314,14 @@ def _unflat(
     reverse: list[bool],
     eps: float,
     scale: float,
-    repeats: Tensor | None,
-    convolved: Tensor | None,
-    scanned: Tensor | None,
-    share: Tensor | None,
+    *parts: Tensor | None,
 ) -> tuple[list[Mixer], Over]:
     fields = FIELDS * len(reverse)
     mixers = [
         Mixer(*weights, lines[i * fields : (i + 1) * fields], reverse, eps, scale)
         for i, weights in enumerate(zip(norms, in_projs, out_projs, strict=True))
     ]
-    if repeats is None and share is None:
-        return mixers, AS_IT_STANDS
-    virtual = (None if source is None or share is None else Virtual(source, share) for source in (convolved, scanned))
-    return mixers, Over(repeats, *virtual)
+    return mixers, over_of(*parts)
 
 
 def _fake(x: Tensor, norms: Any, in_projs: Any, out_projs: Any, lines: Any, reverse: list[bool], *_: Any) -> Any:
@@ -299,14 +344,16 @@ register(
 @register_flop_formula(torch.ops.mambatrim.mixers)
 def _flops(x: Any, norms: Any, in_projs: Any, out_projs: Any, lines: Any, *rest: Any, out_shape: Any = None) -> int:
     """Two for a multiply-add, as the counter of torch has it: those of the operators that it stands for."""
-    batch, length, _columns = x
-    convolved, scanned, _share = rest[-3:]
-    macs = length * sum(map(math.prod, (*in_projs, *out_projs)))
-    for k in range(0, len(lines), FIELDS):
-        (channels, _one, taps), _bias, x_proj, (_channels, rank), _steps, (_again, states), _d = lines[k : k + FIELDS]
-        macs += length * math.prod(x_proj)
-        macs += (
-            length * channels * taps if convolved is None else virtual_sequence.conv_macs(convolved[1], channels, taps)
-        )
-        macs += scan_macs(length, channels, states, rank, None if scanned is None else scanned[1])
-    return 2 * batch * macs
+    directions = len(lines) // FIELDS // len(in_projs)
+    (channels, _one, taps), _bias, _x_proj, (_channels, rank), _steps, (_again, states), _d = lines[:FIELDS]
+    return 2 * len(in_projs) * mixer_macs(x, Sizes(channels, states, rank, taps, directions, 0), *rest[-4:])
+
+
+def mixer_macs(x: Any, sizes: Sizes, repeats: Any, convolved: Any, scanned: Any, share: Any) -> int:
+    """Of one mixer on x (B, L, D), given shapes."""
+    batch, length, columns = x
+    channels, states, rank, taps, directions, _ = sizes
+    line = length * (rank + 2 * states) * channels
+    line += length * channels * taps if convolved is None else virtual_sequence.conv_macs(convolved[1], channels, taps)
+    line += scan_macs(length, channels, states, rank, None if scanned is None else scanned[1])
+    return batch * (3 * length * columns * channels + directions * line)

@@ -106,7 +106,7 @@ class Record:
             *cpu.rows(grad_y),
             cpu.pointer(grad_z),
             *cpu.virtual(virtual),
-            *(self.log_A, self.scale),
+            *(self.log_A, cpu.UNPACKED, self.scale),
         )
         records = [head]
         u, u_batch, u_token = cpu.rows(self.u[0])

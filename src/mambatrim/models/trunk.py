@@ -9,6 +9,7 @@ give it other weights, as `torch.func.functional_call` does, of which only the c
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from types import CodeType
@@ -65,6 +66,39 @@ class Trunk(nn.ModuleList):
         self.handle = Handle(self)
 
 
+class PackedTrunk(nn.ModuleList):
+    """The blocks of a model packed for inference on this processor (kernels/packed.py). Its modules have shapes and no
+    weights.
+
+    Raises:
+        ValueError: a block has hooks or is none of ours, or no kernel takes it.
+    """
+
+    def __init__(self, blocks: Sequence[Block]) -> None:
+        if not all(map(_plain, blocks)):
+            raise ValueError("blocks with hooks, and blocks that were changed or replaced, cannot be packed")
+        with torch.no_grad():
+            packed, self.packing = kernels.pack(_mixers(blocks))
+        super().__init__(copy.deepcopy(block).to("meta").requires_grad_(False) for block in blocks)
+        self.register_buffer("packed", packed, persistent=False)
+
+    def through(
+        self, first: int, end: int, x: Tensor, wanted: Sequence[str], layout: Layout | None
+    ) -> tuple[Tensor, Captured]:
+        """As the function."""
+        lacking = [name for name in wanted if name not in AT_ONCE]
+        if lacking:
+            raise ValueError(f"packed blocks have no signal {lacking[0]!r}, only {' and '.join(sorted(AT_ONCE))}")
+        packed = cast(Tensor, self.packed)[first:end]
+        return _seen(wanted, *kernels.mix_packed(x, packed, self.packing, over(layout)))
+
+    def _save_to_state_dict(self, *_: Any) -> None:
+        raise ValueError("a packed model has no weights to save: save the one that it was made from")
+
+    def _load_from_state_dict(self, *_: Any) -> None:
+        raise ValueError("a packed model takes no weights: load them before it is packed")
+
+
 def through(
     layers: nn.ModuleList, first: int, end: int, x: Tensor, wanted: Sequence[str] = (), layout: Layout | None = None
 ) -> tuple[Tensor, Captured]:
@@ -72,6 +106,8 @@ def through(
 
     Blocks that nobody watches or changed can run as one kernel: otherwise each is called as the module that it is.
     """
+    if isinstance(layers, PackedTrunk):
+        return layers.through(first, end, x, wanted, layout)
     if isinstance(layers, Trunk) and _opaque(x) and AT_ONCE.issuperset(wanted):
         means = "dt_mean" in wanted
         return _seen(wanted, *torch.ops.mambatrim.blocks(x, layers.handle, first, end, means, *_flat(layout)))

@@ -37,6 +37,7 @@ struct ScanArgs {
     int64_t grad_z;                  // out (B, L, E) T, contiguous, or null
     int64_t steps, source, share;    // of a virtual sequence: T, (B, T) int64 row of each position, (B, L) fp32
     int64_t log_a;                   // 1: `a` holds log(-A), as checkpoints do
+    int64_t packed;                  // parameters as `pack` leaves them, or null; forward only
     double scale;                    // factor on the sum of the directions
     ScanDirection direction[4];
 };
@@ -56,6 +57,7 @@ struct ConvArgs {
     int64_t grad_y;               // (S, B, L, E) T, contiguous
     int64_t grad_x;               // out (B, L, E) T, contiguous
     int64_t steps, source, share;  // of a virtual sequence: T, (B, T) int64 row of each position, (B, L) fp32
+    int64_t packed;                // parameters as `pack_conv` leaves them, or null; forward only
     ConvDirection direction[4];
 };
 
@@ -71,6 +73,7 @@ struct ProductArgs {
     int64_t x, x_direction;  // (S, rows, I) T, rows contiguous; elements between directions, 0 where they share x
     int64_t y;               // out (S, rows, O), contiguous
     int64_t base, base_row;  // what is added to it, or null; elements from row to row, 0 for a bias
+    int64_t packed;          // the weights as `pack_weights` leaves them, or null
     int64_t weight[4];       // (O, I) T, contiguous
 };
 
@@ -92,11 +95,14 @@ struct MixerArgs {
     double eps, scale;
     int64_t norm, in_weight, out_weight;       // (D) fp32, (2 E, D) T, (D, E) T; contiguous
     MixerDirection direction[4];
+    int64_t packed;                            // all parameters as `pack_mixer` leaves them, or null
 };
 
-// A run of mixers, each of which reads what the one before it wrote; their MixerArgs follow the record.
+// A run of mixers, each of which reads what the one before it wrote. Their MixerArgs follow the record, or one for all of
+// them where they are packed, one after the other: with the first x and the last y.
 struct MixersArgs {
     int64_t count;
+    int64_t packed, spare;  // or null; (B, L, D) fp32, what lies between two mixers
 };
 
 struct ClusterArgs {

@@ -18,6 +18,23 @@ INLINE void conv_parameters(const ConvDirection& dir, int64_t width, int64_t blo
     bias = dir.bias ? load((const float*)dir.bias + block * W, m) : vf{};
 }
 
+// What `pack_conv` leaves, or the parameters as they are.
+INLINE void conv_parameters(const ConvArgs& p, int64_t s, int64_t width, int64_t block, int m, vf* weight, vf& bias) {
+    if (!p.packed) return conv_parameters(p.direction[s], width, block, m, weight, bias);
+    const vf* packed = (const vf*)p.packed + (block * p.directions + s) * (width + 1);
+    for (int64_t k = 0; k < width; k++) weight[k] = packed[k];
+    bias = packed[width];
+}
+
+// K + 1 vectors for each direction of each block of channels.
+inline void pack_conv(const ConvArgs& p, vf* packed) {
+    for (int64_t block = 0; block * W < p.channels; block++)
+        for (int64_t s = 0; s < p.directions; s++, packed += p.width + 1) {
+            const int m = (int)smaller(W, p.channels - block * W);
+            conv_parameters(p.direction[s], p.width, block, m, packed, packed[p.width]);
+        }
+}
+
 template <typename T, int KS>
 int conv_forward(const ConvArgs& p) {
     const int64_t blocks = (p.channels + W - 1) / W, length = p.length, width = KS ? KS : p.width;
@@ -29,7 +46,7 @@ int conv_forward(const ConvArgs& p) {
             for (int64_t s = 0; s < p.directions; s++) {
                 const ConvDirection& dir = p.direction[s];
                 vf weight[KS ? KS : MAX_WIDTH], window[KS ? KS : MAX_WIDTH], bias;
-                conv_parameters(dir, width, block, m, weight, bias);
+                conv_parameters(p, s, width, block, m, weight, bias);
                 T* y = (T*)p.y + (s * p.batch + b) * length * p.channels + block * W;
                 for (int64_t k = 0; k < width; k++) window[k] = vf{};
                 for (int64_t j = 0; j < length; j++) {

@@ -15,6 +15,8 @@
     extern "C" int norm_backward_##isa(const NormArgs*); \
     extern "C" int product_##isa(const ProductArgs*);    \
     extern "C" int mixers_##isa(const MixersArgs*);      \
+    extern "C" int packed_size_##isa(const MixersArgs*); \
+    extern "C" int pack_mixers_##isa(const MixersArgs*); \
     extern "C" int take_rows_##isa(const RowsArgs*);     \
     extern "C" int nearest_##isa(const NearestArgs*);    \
     extern "C" int links_##isa(const LinksArgs*);        \
@@ -106,6 +108,8 @@ DISPATCH(norm_forward, NormArgs)
 DISPATCH(norm_backward, NormArgs)
 DISPATCH(product, ProductArgs)
 DISPATCH(mixers, MixersArgs)
+DISPATCH(packed_size, MixersArgs)
+DISPATCH(pack_mixers, MixersArgs)
 DISPATCH(take_rows, RowsArgs)
 DISPATCH(nearest, NearestArgs)
 DISPATCH(links, LinksArgs)

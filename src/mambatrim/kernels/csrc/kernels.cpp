@@ -67,7 +67,30 @@ static int one_mixer(const MixerArgs* p) {
 }
 EXPORT(mixers)(const MixersArgs* p) {
     int failed = 0;
-    for (int64_t i = 0; i < p->count && !failed; i++) failed = one_mixer((const MixerArgs*)(p + 1) + i);
+    const MixerArgs* mixers = (const MixerArgs*)(p + 1);
+    if (!p->packed) {
+        for (int64_t i = 0; i < p->count && !failed; i++) failed = one_mixer(mixers + i);
+        return failed;
+    }
+    MixerArgs one = *mixers;
+    for (int64_t i = 0; i < p->count && !failed; i++) {
+        one.packed = (int64_t)((vf*)p->packed + i * packed_size(one));
+        one.y = (p->count - 1 - i) % 2 ? p->spare : mixers->y;  // by turns, so that the last one writes y
+        one.dt_mean = i == p->count - 1 ? mixers->dt_mean : 0;
+        failed = one_mixer(&one);
+        one.x = one.y;
+    }
+    return failed;
+}
+EXPORT(packed_size)(const MixersArgs* p) {  // in bytes, of one mixer
+    return (int)(packed_size(*(const MixerArgs*)(p + 1)) * (int64_t)sizeof(vf));
+}
+EXPORT(pack_mixers)(const MixersArgs* p) {
+    int failed = 0;
+    const MixerArgs* mixers = (const MixerArgs*)(p + 1);
+    vf* at = (vf*)p->packed;
+    for (int64_t i = 0; i < p->count && !failed; at += packed_size(mixers[i++]))
+        failed = mixers[i].bfloat16 ? pack_mixer<bf16>(mixers[i], at) : pack_mixer<float>(mixers[i], at);
     return failed;
 }
 EXPORT(agglomerate)(const ClusterArgs* p) { return agglomerate(*p); }

@@ -20,6 +20,26 @@ INLINE const float* widened(const T* x, int64_t n, float* out) {
 }
 INLINE const float* widened(const float* x, int64_t, float*) { return x; }
 
+// Where a packed mixer has its parameters, in vectors: in the order in which they are read, each part as its kernel wants it.
+template <typename T>
+struct Places {
+    static constexpr int64_t LINE = 64 / sizeof(vf);
+    int64_t norm = 0, in, conv, narrow, scan, out, size;
+    explicit Places(const MixerArgs& p) {
+        const int64_t blocks = (p.channels + W - 1) / W, s = p.directions;
+        in = (p.columns + W - 1) / W;
+        conv = in + 2 * all(p.columns, p.channels);
+        narrow = conv + s * blocks * (p.taps + 1);
+        scan = narrow + s * all(p.channels, p.rank + 2 * p.states);
+        out = scan + s * blocks * (p.states + p.rank + 2);
+        size = (out + all(p.channels, p.columns) + LINE - 1) / LINE * LINE;
+    }
+    static int64_t all(int64_t inputs, int64_t outputs) {
+        const Panels<T> panels(inputs, outputs);
+        return panels.count * panels.size;
+    }
+};
+
 // The records of the steps. What depends on the images at hand is filled in by `run`.
 template <typename T>
 struct Mixer {
@@ -84,10 +104,30 @@ struct Mixer {
             narrow.weight[s] = from.x_weight;
             ScanDirection& to = scan.direction[s];
             to.a = from.a_log, to.d = from.d, to.bias = from.dt_bias;
-            to.weight = (int64_t)widened((const T*)from.dt_weight, p.channels * p.rank, dt_weight + s * p.channels * p.rank);
+            if (!p.packed) to.weight = (int64_t)widened((const T*)from.dt_weight, p.channels * p.rank, dt_weight + s * p.channels * p.rank);
             to.u_batch = p.length * p.channels, to.u_token = p.channels;
             to.dt_batch = to.b_batch = to.c_batch = p.length * proj, to.dt_token = to.b_token = to.c_token = proj;
         }
+        if (p.packed) packed((vf*)p.packed);
+    }
+
+    // All parameters at `at` instead.
+    void packed(vf* at) {
+        const Places<T> places(p);
+        norm.weight = (int64_t)(at + places.norm), in.packed = (int64_t)(at + places.in), conv.packed = (int64_t)(at + places.conv);
+        narrow.packed = (int64_t)(at + places.narrow), scan.packed = (int64_t)(at + places.scan), out.packed = (int64_t)(at + places.out);
+    }
+
+    void pack_to(vf* at) {
+        const Places<T> places(p);
+        memcpy(at + places.norm, (const void*)p.norm, (size_t)p.columns * sizeof(float));
+        pack_weights<T>(in, at + places.in);
+        pack_conv(conv, at + places.conv);
+        pack_weights<T>(narrow, at + places.narrow);
+        Packed parameters[4];
+        place(scan, at + places.scan, parameters);
+        for (int64_t block = 0; block * W < p.channels; block++) pack(scan, parameters, block);
+        pack_weights<T>(out, at + places.out);
     }
 
     template <int KS>
@@ -139,5 +179,15 @@ int mixer(const MixerArgs& p) {
     }
     return 0;
 }
+
+template <typename T>
+int pack_mixer(const MixerArgs& p, vf* at) {
+    Mixer<T> steps(p);
+    if (!steps.space) return 1;
+    steps.pack_to(at);
+    return 0;
+}
+
+inline int64_t packed_size(const MixerArgs& p) { return p.bfloat16 ? Places<bf16>(p).size : Places<float>(p).size; }
 
 }  // namespace

@@ -97,6 +97,38 @@ INLINE void pack_panel(const typename Operand<T>::Unit* weight, int64_t units, i
     }
 }
 
+// How weights are cut: into panels of `width` vectors of outputs, all about alike; `size` vectors each when packed.
+template <typename T>
+struct Panels {
+    int64_t units, count, width, size;
+    Panels(int64_t inputs, int64_t outputs) : units(inputs / Operand<T>::PER_UNIT) {
+        const int64_t vectors = (outputs + W - 1) / W;
+        count = (vectors + WIDE - 1) / WIDE;
+        width = count ? (vectors + count - 1) / count : 0;
+        size = units * width;
+    }
+};
+
+// A panel of direction s from output `column` on.
+template <typename T>
+INLINE void pack_panel(const ProductArgs& p, const Panels<T>& panels, int64_t s, int64_t column, vf* packed) {
+    typedef typename Operand<T>::Unit Unit;
+    const Unit* weight = (const Unit*)p.weight[s] + column * panels.units;
+    const int64_t live = smaller(panels.width * W, p.outputs - column);
+    if (panels.width == 1) pack_panel<T, 1>(weight, panels.units, live, packed);
+    else if (panels.width == 2) pack_panel<T, 2>(weight, panels.units, live, packed);
+    else pack_panel<T, WIDE>(weight, panels.units, live, packed);
+}
+
+// All panels in the order in which `product` takes them: directions * count * size vectors.
+template <typename T>
+void pack_weights(const ProductArgs& p, vf* packed) {
+    const Panels<T> panels(p.inputs, p.outputs);
+    for (int64_t j = 0; j < panels.count; j++)
+        for (int64_t s = 0; s < p.directions; s++, packed += panels.size)
+            if (j * panels.width * W < p.outputs) pack_panel(p, panels, s, j * panels.width * W, packed);
+}
+
 // The sums of H rows and V vectors of outputs.
 template <typename T, int H, int V>
 INLINE void multiply(const typename Operand<T>::Unit* const* x, const vf* packed, int64_t units, vf (*sum)[V]) {
@@ -153,17 +185,10 @@ void panel_rows(const ProductArgs& p, int64_t s, const vf* packed, int64_t colum
     }
 }
 
-// The same for all of them, and fetches meanwhile what the thread will pack next: the panel of direction `s_next` from
-// output `next` on.
+// The same for all of them, and fetches meanwhile what `soon` names.
 template <typename T, typename Y, int V>
-INLINE void panel(const ProductArgs& p, int64_t s, vf* packed, int64_t column, int64_t first, int64_t end, int64_t s_next,
-                  int64_t next) {
-    typedef typename Operand<T>::Unit Unit;
-    const int64_t units = p.inputs / Operand<T>::PER_UNIT, there = smaller(V * W, p.outputs - next);
-    pack_panel<T, V>((const Unit*)p.weight[s] + column * units, units, smaller(V * W, p.outputs - column), packed);
-    const char* weight = (const char*)((const Unit*)p.weight[s_next] + next * units);
-    const int64_t bytes = there > 0 ? there * units * (int64_t)sizeof(Unit) : 0;
-    Soon soon{weight, weight + bytes, bytes / ((end - first + TALL - 1) / TALL) + 64};
+INLINE void panel(const ProductArgs& p, int64_t s, const vf* packed, int64_t column, int64_t first, int64_t end, Soon soon) {
+    soon.part = (soon.end - soon.at) / ((end - first + TALL - 1) / TALL) + 64;
     constexpr int LOW = TALL / 2;  // the last rows
     const int64_t rest = (end - first) % TALL, full = end - (rest && rest <= LOW ? rest : 0);
     panel_rows<T, Y, TALL, V>(p, s, packed, column, first, full, soon);
@@ -172,31 +197,41 @@ INLINE void panel(const ProductArgs& p, int64_t s, vf* packed, int64_t column, i
 
 template <typename T, typename Y>
 int product(const ProductArgs& p) {
-    const int64_t vectors = (p.outputs + W - 1) / W, panels = (vectors + WIDE - 1) / WIDE;
-    const int64_t width = (vectors + panels - 1) / panels;  // vectors of a panel: all about alike
+    typedef typename Operand<T>::Unit Unit;
+    const Panels<T> panels(p.inputs, p.outputs);
     // the panels are shared out, and where they do not go round their rows are too
-    const int64_t units = panels * p.directions, parts = units % p.threads ? (4 * p.threads + units - 1) / units : 1;
+    const int64_t units = panels.count * p.directions, width = panels.width;
+    const int64_t parts = units % p.threads ? (4 * p.threads + units - 1) / units : 1;
     const int64_t height = ((p.rows + parts - 1) / parts + TALL - 1) / TALL * TALL, slices = (p.rows + height - 1) / height;
     Shares shares(units * slices, p.threads);
     int failed = 0;
 #pragma omp parallel num_threads((int)p.threads) if (p.threads > 1)
     {
         static thread_local Kept kept;
-        vf* packed = kept.take(p.inputs * width);
-        if (!packed) {
+        vf* space = p.packed ? nullptr : kept.take(panels.size);
+        if (!space && !p.packed) {
 #pragma omp atomic write
             failed = 1;
         }
         const auto make = [&](int64_t task) {
             const int64_t unit = task / slices, s = unit % p.directions, column = unit / p.directions * width * W;
-            const int64_t s_next = (unit + 1) % p.directions, next = (unit + 1) / p.directions * width * W;
             const int64_t first = task % slices * height, end = smaller(p.rows, first + height);
             if (column >= p.outputs) return;
-            if (width == 1) panel<T, Y, 1>(p, s, packed, column, first, end, s_next, next);
-            else if (width == 2) panel<T, Y, 2>(p, s, packed, column, first, end, s_next, next);
-            else panel<T, Y, WIDE>(p, s, packed, column, first, end, s_next, next);
+            // the panel that the thread takes next
+            const vf* packed = (const vf*)p.packed + unit * panels.size;
+            const char *at = (const char*)(packed + panels.size), *after = (const char*)(packed + 2 * panels.size);
+            if (!p.packed) {
+                const int64_t next = (unit + 1) / p.directions * width * W, there = smaller(width * W, p.outputs - next);
+                at = (const char*)((const Unit*)p.weight[(unit + 1) % p.directions] + next * panels.units);
+                after = at + (there > 0 ? there * panels.units * (int64_t)sizeof(Unit) : 0);
+                pack_panel(p, panels, s, column, space);
+                packed = space;
+            }
+            if (width == 1) panel<T, Y, 1>(p, s, packed, column, first, end, {at, after, 0});
+            else if (width == 2) panel<T, Y, 2>(p, s, packed, column, first, end, {at, after, 0});
+            else panel<T, Y, WIDE>(p, s, packed, column, first, end, {at, after, 0});
         };
-        if (packed) shares.work(make);
+        if (space || p.packed) shares.work(make);
         kept.drop();
     }
     return failed;

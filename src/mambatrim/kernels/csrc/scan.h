@@ -27,7 +27,10 @@ struct Packed {
 
 INLINE int lanes(int64_t channels, int64_t block) { return (int)smaller(W, channels - block * W); }
 
-// Where the parameters of each direction lie in `out`, which holds blocks * (N + R + 2) vectors per direction.
+// Vectors that the parameters of all directions take.
+INLINE int64_t packed_size(const ScanArgs& p) { return p.directions * ((p.channels + W - 1) / W) * (p.states + p.rank + 2); }
+
+// Where the parameters of each direction lie in `out`.
 void place(const ScanArgs& p, vf* out, Packed* packed) {
     const int64_t blocks = (p.channels + W - 1) / W, n = p.states, r = p.rank;
     for (int64_t s = 0; s < p.directions; s++) {
@@ -148,20 +151,22 @@ int scan_tasks(const ScanArgs& p, Block run) {
     const int64_t blocks = (p.channels + W - 1) / W, per_task = W >= 16 ? 2 : 32 / W;
     const int64_t groups = (blocks + per_task - 1) / per_task, tasks = p.batch * groups, length = p.length;
     const bool means = p.direction[0].dt_mean;
-    Scratch parameters(p.directions * blocks * (p.states + p.rank + 2));
+    Scratch parameters(p.packed ? 0 : packed_size(p));
     float* partial = (float*)malloc(sizeof(float) * (size_t)(means ? tasks * p.directions * length : 1));
     if (!parameters || !partial) {
         free(partial);
         return 1;
     }
     Packed packed[4];
-    place(p, parameters, packed);
+    place(p, p.packed ? (vf*)p.packed : parameters.data, packed);
     Shares shares(tasks, p.threads);
     int failed = 0;
 #pragma omp parallel num_threads((int)p.threads) if (p.threads > 1)
     {
+        if (!p.packed) {
 #pragma omp for schedule(static)
-        for (int64_t block = 0; block < blocks; block++) pack(p, packed, block);
+            for (int64_t block = 0; block < blocks; block++) pack(p, packed, block);
+        }
         Scratch sum_y(length), sum_dt(length), steps(length);
         const bool ready = sum_y && sum_dt && steps;
         if (!ready) {

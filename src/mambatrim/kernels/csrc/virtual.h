@@ -32,7 +32,7 @@ int virtual_conv_forward(const ConvArgs& p) {
                 for (int64_t s = 0; s < p.directions; s++) {
                     const ConvDirection& dir = p.direction[s];
                     vf weight[KS ? KS : MAX_WIDTH], window[KS ? KS : MAX_WIDTH], bias, out{}, row_x{}, total{};
-                    conv_parameters(dir, width, block, m, weight, bias);
+                    conv_parameters(p, s, width, block, m, weight, bias);
                     for (int64_t k = 0; k < width; k++) window[k] = vf{};
                     for (int64_t t = 0; t < rows; t++) mean[t] = vf{};
                     int64_t row = -1, run = 0;
