@@ -77,9 +77,10 @@ def pack(model: Model) -> Model:
     """Return a copy of the model for inference on this processor, its blocks packed: at one image Vim-T takes about a
     tenth less time (docs/benchmarks.md).
 
-    The blocks of the copy are as the weights are now, in a form of their own: they do not follow the model, cannot be
-    trained or saved, and have no signals but "dt_mean" and "hidden". Stem, head and reducer are shared. `reduce` takes
-    a packed model too.
+    The copy does not follow the model: its weights are those of now, those of the blocks in a form of their own that
+    cannot be trained or saved, and blocks have no signals but "dt_mean" and "hidden". `reduce` takes it as it takes the
+    model. Where all that a forward does is kernels, as it is with the methods "mtr" and "vsm", it is recorded once for
+    every shape of images and then run again without Python between them.
 
     Args:
         model: Vim, VideoMamba or Mamba-Reg, on a CPU, in fp32, or in bf16 where the processor multiplies it and has no
@@ -91,7 +92,10 @@ def pack(model: Model) -> Model:
     """
     if not isinstance(model, FlatMamba):
         raise ValueError(f"pack takes Vim, VideoMamba or Mamba-Reg, before torch.compile; got {type(model).__name__}")
-    return model if isinstance(model.layers, PackedTrunk) else _with(model, layers=PackedTrunk(model.blocks()))
+    if isinstance(model.layers, PackedTrunk):
+        return model
+    packed = _with(model, layers=PackedTrunk(model.blocks()))
+    return copy.deepcopy(packed).requires_grad_(False)
 
 
 def _reducer(method: Method, schedule: Schedule, parts: tuple[Section, ...], special: tuple[int, ...]) -> Reducer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
+import threading
 from functools import cache
 from pathlib import Path
 
@@ -16,11 +17,13 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from .library import MAX_DIRECTIONS
 
 _PLAIN = (Tensor, nn.Parameter)
+Call = tuple[str, bytes]  # an exported function and its record
+_LOCAL = threading.local()
 LEVELS = ("generic", "avx2", "avx512", "avx512_bf16")
 # the records of csrc/abi.h, in 8-byte fields: head, one direction
 SCAN, SCAN_DIRECTION = "<23qd", "<27q"
 CONV, CONV_DIRECTION = "<18q", "<5q"
-NORM, PRODUCT = "<10qd", "<16q"
+NORM, PRODUCT, EMBED = "<10qd", "<16q", "<18q"
 MIXER, MIXERS = f"<23q2d{4 + 7 * MAX_DIRECTIONS}q", "<3q"
 # of the step between two blocks
 ROWS, NEAREST, LINKS, LIFT, MERGE = "<11q", "<13q", "<9q", "<12q", "<17q"
@@ -34,7 +37,7 @@ UNPACKED = 0
 def _abi() -> int:
     scan = struct.calcsize(SCAN) + MAX_DIRECTIONS * struct.calcsize(SCAN_DIRECTION)
     conv = struct.calcsize(CONV) + MAX_DIRECTIONS * struct.calcsize(CONV_DIRECTION)
-    others = (NORM, MIXER, MIXERS, PRODUCT, CLUSTER, ROWS, NEAREST, LINKS, LIFT, MERGE, RANKED, CLUSTERED)
+    others = (NORM, MIXER, MIXERS, PRODUCT, CLUSTER, ROWS, NEAREST, LINKS, LIFT, MERGE, RANKED, CLUSTERED, EMBED)
     return 1000000 + scan + conv + sum(map(struct.calcsize, others))
 
 
@@ -98,7 +101,8 @@ def handles(*tensors: Tensor | None) -> bool:
 def direct(*tensors: Tensor) -> bool:
     """Whether the compiled kernels may be called on these tensors past the dispatcher, which costs more than a small
     kernel: compiled, on a CPU, nothing recorded or transformed, no gradient wanted."""
-    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode()
+    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    recorded = recorded or (is_in_torch_dispatch_mode() and _calls() is None)
     if recorded or forward_ad._current_level >= 0 or peek_interpreter_stack() is not None or not compiled():
         return False
     grad = torch.is_grad_enabled()
@@ -111,6 +115,16 @@ def compiling(*tensors: Tensor) -> bool:
     if not torch.compiler.is_compiling() or torch.compiler.is_exporting() or tensors[0].device.type != "cpu":
         return False
     return not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+
+
+def record(calls: list[Call] | None) -> None:
+    """From now on append this thread's calls to a list, and let a dispatch mode see what PyTorch does between them;
+    None: no longer."""
+    _LOCAL.calls = calls
+
+
+def _calls() -> list[Call] | None:
+    return getattr(_LOCAL, "calls", None)
 
 
 def call(name: str, record: bytes) -> None:
@@ -126,6 +140,9 @@ def call(name: str, record: bytes) -> None:
         raise MemoryError(f"not enough memory for the temporaries of {name}")
     if code:
         raise IndexError(f"{name}: a position lies outside the sequence, or is named twice")
+    calls = _calls()
+    if calls is not None:
+        calls.append((name, record))
 
 
 def ask(name: str, record: bytes) -> int:

@@ -15,10 +15,11 @@ from typing import ClassVar, Self, cast
 import torch
 from torch import Tensor, nn
 
+from .. import kernels
 from ..reduction import STEM, Cost, Reducer, Tokens
-from .layers import BiMambaMixer, Block, PatchEmbed, RMSNorm, join_rows, resize_positions, split_rows
+from .layers import BiMambaMixer, Block, PatchEmbed, RMSNorm, join_rows, resize_positions, split_rows, untouched
 from .spec import ModelSpec
-from .trunk import Trunk, through, whole
+from .trunk import PackedTrunk, Trunk, through, whole
 
 ImageSize = int | tuple[int, ...] | None
 
@@ -192,10 +193,8 @@ class FlatMamba(nn.Module):
             kind, axes = ("videos", "T, H, W") if len(self.config.sides) == 3 else ("images", "H, W")
             raise ValueError(f"{kind} must be (B, {self.config.in_chans}, {axes}), got {tuple(images.shape)}")
         grid = self.patch_embed.grid(*sides)
-        patches = self.patch_embed(images)  # (B, M, D)
-        special = self.cls_token.expand(len(images), -1, -1)
-        x = join_rows(patches, special, self.special_at(patches.shape[1])) + self.positions(grid)  # (B, L0, D)
-        return Tokens.start(x.to(torch.float32), grid)
+        at = self.special_at(math.prod(grid))
+        return Tokens.start(self.patch_embed.sequence(images, self.cls_token, at, self.positions(grid)), grid)
 
     @whole
     def forward_features(self, images: Tensor, unmerge: bool = False) -> Tokens:
@@ -254,10 +253,18 @@ class FlatMamba(nn.Module):
 
     def forward_head(self, tokens: Tokens) -> Tensor:
         """Logits (B, num_classes)."""
-        return self.head(self.pool(tokens)).to(torch.float32)
+        read, head = self.pool(tokens), self.head
+        if untouched(head, nn.Linear):  # on few rows our own product, which has no set-up
+            return kernels.linear(read, head.weight, head.bias).to(torch.float32)
+        return head(read).to(torch.float32)
 
     @whole
     def forward(self, images: Tensor) -> Tensor:
+        if isinstance(self.layers, PackedTrunk) and not torch.compiler.is_compiling():
+            return self.layers.replay(self._logits, images, self)
+        return self._logits(images)
+
+    def _logits(self, images: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(images))
 
     # ------------------------------------------------------------------------------------------------------------- cost

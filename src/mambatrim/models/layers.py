@@ -19,9 +19,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as _module
 
 from .. import kernels
-from ..kernels import reference
+from ..kernels import embedding, reference
 from ..reduction import Cost, Layout
 
 EPS = 1e-5
@@ -150,6 +151,18 @@ def over(layout: Layout | None) -> kernels.Over:
     return kernels.Over(layout.repeats, convolved, scanned)
 
 
+def untouched(module: nn.Module, *types: type[nn.Module]) -> bool:
+    """Whether a module is of one of these types and runs as it was made, with no hooks of anybody."""
+    return type(module) in types and not watched(module)
+
+
+def watched(module: nn.Module) -> bool:
+    """Whether somebody has hooks on a module, or gave it another `forward`."""
+    own: dict[str, Any] = module.__dict__
+    hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    return bool(hooks) or "forward" in own or _module._has_any_global_hook()
+
+
 _parameters_of = attrgetter("_parameters")
 
 
@@ -230,6 +243,16 @@ class PatchEmbed(nn.Module):
             least, given = "x".join(map(str, self.patch)), "x".join(map(str, sides))
             raise ValueError(f"{kind} must have at least {least} {unit}, got {given}")
         return tuple((n - one) // step + 1 for n, one, step in zip(sides, self.patch, self.stride, strict=True))
+
+    def sequence(self, images: Tensor, special: Tensor, at: Sequence[int], positions: Tensor) -> Tensor:
+        """Patches of the images with special tokens (1, n, D) at the places `at`, and positions (1, L0, D) added to
+        all: (B, L0, D) fp32."""
+        weight, bias = self.proj.weight, _given(self.proj.bias)
+        plain = untouched(self, PatchEmbed) and untouched(self.proj, nn.Conv2d, nn.Conv3d)
+        if plain and self.stride == self.patch and embedding.takes(images, weight, bias, special, positions):
+            return embedding.embed(images, weight, bias, special, at, positions)
+        x = join_rows(self(images), special.expand(len(images), -1, -1), at) + positions
+        return x.to(torch.float32)
 
     def forward(self, images: Tensor) -> Tensor:
         weight, bias = self.proj.weight, _given(self.proj.bias)

@@ -11,19 +11,20 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from types import CodeType
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as _module
 
 from .. import kernels
 from ..kernels import cpu
 from ..kernels.library import register
+from ..kernels.replay import Replay, record
 from ..reduction import Layout
-from .layers import AT_ONCE, DIRECTIONS, BiMambaMixer, Block, Captured, RMSNorm, over
+from .layers import AT_ONCE, DIRECTIONS, BiMambaMixer, Block, Captured, RMSNorm, over, untouched, watched
 
 try:
     from torch._library.opaque_object import get_opaque_type_name, register_opaque_type
@@ -34,6 +35,7 @@ else:
     OPAQUE = True
 
 
+MOST_REPLAYS = 8  # of one model
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -66,9 +68,26 @@ class Trunk(nn.ModuleList):
         self.handle = Handle(self)
 
 
+class PackedBlock(Block):
+    """Stands for a block whose weights are packed with those of the others; knows sizes and cost."""
+
+    def __init__(self, block: Block) -> None:
+        nn.Module.__init__(self)
+        # no part of the module: there are no weights, and nothing that could be watched
+        self.__dict__["mixer"] = copy.deepcopy(block.mixer).to("meta")
+
+    def forward(self, *_: Any) -> Any:
+        raise ValueError("packed blocks run with their model only")
+
+    def register_forward_hook(self, *_: Any, **__: Any) -> Any:
+        """Raises ValueError."""
+        raise ValueError("packed blocks take no hooks: they run as one kernel; watch the model that was packed")
+
+    register_forward_pre_hook = register_forward_hook
+
+
 class PackedTrunk(nn.ModuleList):
-    """The blocks of a model packed for inference on this processor (kernels/packed.py). Its modules have shapes and no
-    weights.
+    """The blocks of a model packed for inference on this processor (kernels/packed.py).
 
     Raises:
         ValueError: a block has hooks or is none of ours, or no kernel takes it.
@@ -79,8 +98,12 @@ class PackedTrunk(nn.ModuleList):
             raise ValueError("blocks with hooks, and blocks that were changed or replaced, cannot be packed")
         with torch.no_grad():
             packed, self.packing = kernels.pack(_mixers(blocks))
-        super().__init__(copy.deepcopy(block).to("meta").requires_grad_(False) for block in blocks)
+        super().__init__(map(PackedBlock, blocks))
         self.register_buffer("packed", packed, persistent=False)
+        self._replays: OrderedDict[tuple[Any, ...], tuple[Replay | None, Any]] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_replays": OrderedDict()}
 
     def through(
         self, first: int, end: int, x: Tensor, wanted: Sequence[str], layout: Layout | None
@@ -91,6 +114,39 @@ class PackedTrunk(nn.ModuleList):
             raise ValueError(f"packed blocks have no signal {lacking[0]!r}, only {' and '.join(sorted(AT_ONCE))}")
         packed = cast(Tensor, self.packed)[first:end]
         return _seen(wanted, *kernels.mix_packed(x, packed, self.packing, over(layout)))
+
+    def replay(self, run: Callable[[Tensor], Tensor], images: Tensor, model: nn.Module) -> Tensor:
+        """run(images), a method of the model that these blocks are in: what was recorded the first time, where it is
+        all kernels."""
+        if not (cpu.direct(images) and images.is_contiguous() and images.numel()) or torch.is_autocast_enabled("cpu"):
+            return run(images)
+        parts = self._others(model)
+        if any(map(watched, parts[1:])):
+            return run(images)
+        weights = [
+            one for part in parts for one in (*part._parameters.values(), *part._buffers.values()) if one is not None
+        ]
+        key = (
+            *(images.shape, images.dtype, torch.get_num_threads(), cpu.level(), torch.is_inference_mode_enabled()),
+            *(*map(id, parts), *(one.data_ptr() for one in weights), *map(_version, weights)),
+        )
+        if key not in self._replays:
+            result, made = record(run, images, [*weights, cast(Tensor, self.packed)])
+            # what the key names lives as long as the key
+            self._replays[key] = made, (parts, [one.detach() for one in weights])
+            while len(self._replays) > MOST_REPLAYS:
+                self._replays.popitem(last=False)
+            return result
+        found, _ = self._replays[key]
+        again = None if found is None else found(images)
+        return run(images) if again is None else again
+
+    def _others(self, model: nn.Module) -> list[nn.Module]:
+        """The model and its parts, but these blocks."""
+        found = [model]
+        for part in found:
+            found += [one for one in part._modules.values() if one is not None and one is not self]
+        return found
 
     def _save_to_state_dict(self, *_: Any) -> None:
         raise ValueError("a packed model has no weights to save: save the one that it was made from")
@@ -129,6 +185,10 @@ def _between(layers: nn.ModuleList, first: int, end: int) -> list[Block]:
     return cast(list[Block], list(layers)[first:end])
 
 
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
+
+
 def _mixers(blocks: Sequence[Block]) -> list[kernels.Mixer]:
     parts: Iterable[dict[str, Any]] = (block._modules for block in blocks)
     return [part["mixer"].parameters_with(part["norm"]) for part in parts]
@@ -140,18 +200,8 @@ def _seen(wanted: Sequence[str], x: Tensor, dt_mean: Tensor) -> tuple[Tensor, Ca
 
 def _plain(block: Block) -> bool:
     """Whether a block and its parts are what they were made as, with no hooks of anybody."""
-    if type(block) is not Block or _module._has_any_global_hook():
-        return False
-    parts = (block, block._modules["mixer"], block._modules["norm"])
-    if tuple(map(type, parts[1:])) != (BiMambaMixer, RMSNorm):
-        return False
-    for part in parts:
-        own: dict[str, Any] = part.__dict__
-        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
-            return False
-        if "forward" in own:
-            return False
-    return True
+    parts: dict[str, Any] = block._modules
+    return untouched(block, Block) and untouched(parts["mixer"], BiMambaMixer) and untouched(parts["norm"], RMSNorm)
 
 
 # ------------------------------------------------------------------------------------------------------- the operator

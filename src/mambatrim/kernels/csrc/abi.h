@@ -77,6 +77,15 @@ struct ProductArgs {
     int64_t weight[4];       // (O, I) T, contiguous
 };
 
+// Behind the record follow the ascending places of the special tokens.
+struct EmbedArgs {
+    int64_t batch, channels, frames, height, width;      // of the images, multiples of the patch; one frame in a picture
+    int64_t patch_frames, patch_height, patch_width;
+    int64_t length, columns, special, threads;           // L0, D, n
+    int64_t images, weight, bias;                        // (B, C, T, H, W), (D, C patch), (D); all fp32, contiguous
+    int64_t special_rows, positions, y;                  // (n, D), (L0, D), out (B, L0, D)
+};
+
 struct MixerDirection {
     int64_t conv_weight, conv_bias;       // (E, K) fp32; (E) fp32 or null
     int64_t x_weight, dt_weight;          // (R + 2 N, E), (E, R) T

@@ -14,6 +14,7 @@
     extern "C" int norm_forward_##isa(const NormArgs*);  \
     extern "C" int norm_backward_##isa(const NormArgs*); \
     extern "C" int product_##isa(const ProductArgs*);    \
+    extern "C" int embed_##isa(const EmbedArgs*);        \
     extern "C" int mixers_##isa(const MixersArgs*);      \
     extern "C" int packed_size_##isa(const MixersArgs*); \
     extern "C" int pack_mixers_##isa(const MixersArgs*); \
@@ -64,7 +65,7 @@ Level level = supported;
 extern "C" int64_t mambatrim_abi() {
     return 1000000 + (int64_t)(sizeof(ScanArgs) + sizeof(ConvArgs) + sizeof(NormArgs) + sizeof(ClusterArgs) + sizeof(ProductArgs) + sizeof(MixerArgs) + sizeof(MixersArgs) +
                                 sizeof(RowsArgs) + sizeof(NearestArgs) + sizeof(LinksArgs) + sizeof(LiftArgs) + sizeof(MergeArgs) + sizeof(RankedArgs) +
-                                sizeof(ClusteredArgs));
+                                sizeof(ClusteredArgs) + sizeof(EmbedArgs));
 }
 
 // 0 generic, 1 AVX2, 2 AVX-512, 3 with products in bf16. `wanted` < 0 asks only; more than the processor has is not taken. For tests and benchmarks.
@@ -107,6 +108,7 @@ DISPATCH(virtual_conv_forward, ConvArgs)
 DISPATCH(norm_forward, NormArgs)
 DISPATCH(norm_backward, NormArgs)
 DISPATCH(product, ProductArgs)
+DISPATCH(embed, EmbedArgs)
 DISPATCH(mixers, MixersArgs)
 DISPATCH(packed_size, MixersArgs)
 DISPATCH(pack_mixers, MixersArgs)

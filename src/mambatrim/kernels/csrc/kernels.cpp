@@ -1,6 +1,7 @@
 // Compiled once per instruction set: -DMAMBATRIM_ISA=generic, avx2, avx512 or avx512_bf16 names the exported functions.
 #include "cluster.h"
 #include "conv.h"
+#include "embed.h"
 #include "merge.h"
 #include "mixer.h"
 #include "nearest.h"
@@ -61,6 +62,7 @@ EXPORT(norm_backward)(const NormArgs* p) {
 EXPORT(product)(const ProductArgs* p) {
     return p->bfloat16 ? product<bf16, float>(*p) : product<float, float>(*p);
 }
+EXPORT(embed)(const EmbedArgs* p) { return embed(*p, (const int64_t*)(p + 1)); }
 static int one_mixer(const MixerArgs* p) {
     if (p->bfloat16) BY_STATES(mixer, bf16)
     BY_STATES(mixer, float)
