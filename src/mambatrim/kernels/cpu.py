@@ -26,7 +26,7 @@ CONV, CONV_DIRECTION = "<18q", "<5q"
 NORM, PRODUCT, EMBED = "<10qd", "<16q", "<18q"
 MIXER, MIXERS = f"<23q2d{4 + 7 * MAX_DIRECTIONS}q", "<3q"
 # of the step between two blocks
-ROWS, NEAREST, LINKS, LIFT, MERGE = "<11q", "<13q", "<9q", "<12q", "<17q"
+ROWS, INVERSE, NEAREST, LINKS, LIFT, MERGE = "<11q", "<3q", "<13q", "<9q", "<12q", "<17q"
 # of whole steps
 RANKED, CLUSTERED = "<18q", "<16q3d"
 CLUSTER = "<13qd"
@@ -37,7 +37,22 @@ UNPACKED = 0
 def _abi() -> int:
     scan = struct.calcsize(SCAN) + MAX_DIRECTIONS * struct.calcsize(SCAN_DIRECTION)
     conv = struct.calcsize(CONV) + MAX_DIRECTIONS * struct.calcsize(CONV_DIRECTION)
-    others = (NORM, MIXER, MIXERS, PRODUCT, CLUSTER, ROWS, NEAREST, LINKS, LIFT, MERGE, RANKED, CLUSTERED, EMBED)
+    others = (
+        NORM,
+        MIXER,
+        MIXERS,
+        PRODUCT,
+        CLUSTER,
+        ROWS,
+        NEAREST,
+        LINKS,
+        LIFT,
+        MERGE,
+        RANKED,
+        CLUSTERED,
+        EMBED,
+        INVERSE,
+    )
     return 1000000 + scan + conv + sum(map(struct.calcsize, others))
 
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from . import cpu
 from .library import register
 
-_ROWS, _NEAREST, _LINKS, _LIFT, _MERGE = (
-    struct.Struct(record).pack for record in (cpu.ROWS, cpu.NEAREST, cpu.LINKS, cpu.LIFT, cpu.MERGE)
+_ROWS, _INVERSE, _NEAREST, _LINKS, _LIFT, _MERGE = (
+    struct.Struct(record).pack for record in (cpu.ROWS, cpu.INVERSE, cpu.NEAREST, cpu.LINKS, cpu.LIFT, cpu.MERGE)
 )
 
 
@@ -38,6 +38,14 @@ def take_rows(x: Tensor, positions: Tensor, directions: int = 1, or_zeros: bool 
                 *(x.data_ptr(), positions.data_ptr(), positions.stride(0), y.data_ptr()),
             ),
         )
+    return y
+
+
+def inverse(x: Tensor) -> Tensor:
+    """1 / x, fp32."""
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    cpu.call("inverse", _INVERSE(x.numel(), x.data_ptr(), y.data_ptr()))
     return y
 
 

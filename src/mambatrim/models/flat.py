@@ -15,9 +15,8 @@ from typing import ClassVar, Self, cast
 import torch
 from torch import Tensor, nn
 
-from .. import kernels
 from ..reduction import STEM, Cost, Reducer, Tokens
-from .layers import BiMambaMixer, Block, PatchEmbed, RMSNorm, join_rows, resize_positions, split_rows, untouched
+from .layers import BiMambaMixer, Block, PatchEmbed, RMSNorm, join_rows, linear, resize_positions, split_rows
 from .spec import ModelSpec
 from .trunk import PackedTrunk, Trunk, through, whole
 
@@ -253,10 +252,7 @@ class FlatMamba(nn.Module):
 
     def forward_head(self, tokens: Tokens) -> Tensor:
         """Logits (B, num_classes)."""
-        read, head = self.pool(tokens), self.head
-        if untouched(head, nn.Linear):  # on few rows our own product, which has no set-up
-            return kernels.linear(read, head.weight, head.bias).to(torch.float32)
-        return head(read).to(torch.float32)
+        return linear(self.head, self.pool(tokens)).to(torch.float32)
 
     @whole
     def forward(self, images: Tensor) -> Tensor:

@@ -156,6 +156,11 @@ def untouched(module: nn.Module, *types: type[nn.Module]) -> bool:
     return type(module) in types and not watched(module)
 
 
+def linear(layer: nn.Linear, rows: Tensor) -> Tensor:
+    """layer(rows), by our own product where nobody watches or replaced the layer: on few rows it has no set-up."""
+    return kernels.linear(rows, layer.weight, layer.bias) if untouched(layer, nn.Linear) else layer(rows)
+
+
 def watched(module: nn.Module) -> bool:
     """Whether somebody has hooks on a module, or gave it another `forward`."""
     own: dict[str, Any] = module.__dict__

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..reduction import Cost, Tokens
 from .flat import FlatConfig, FlatMamba
-from .layers import RMSNorm, join_rows
+from .layers import RMSNorm, join_rows, linear
 from .spec import IMAGENET_MEAN, IMAGENET_STD, CheckpointFile, ModelSpec, Preprocess
 
 
@@ -76,7 +76,7 @@ class MambaReg(FlatMamba):
         registers = super().pool(tokens)  # (B, n D)
         if self.config.narrow == 1:
             return registers
-        narrowed = self.neck(registers.unflatten(1, (self.config.registers, -1))).flatten(1)  # (B, n D / r)
+        narrowed = linear(self.neck, registers.unflatten(1, (self.config.registers, -1))).flatten(1)  # (B, n D / r)
         return self.norm_neck(narrowed, self.head.weight.dtype)
 
     def head_cost(self) -> Cost:

@@ -35,7 +35,7 @@ else:
     OPAQUE = True
 
 
-MOST_REPLAYS = 8  # of one model
+MOST_REPLAYS = 4  # of one model
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -138,8 +138,7 @@ class PackedTrunk(nn.ModuleList):
                 self._replays.popitem(last=False)
             return result
         found, _ = self._replays[key]
-        again = None if found is None else found(images)
-        return run(images) if again is None else again
+        return run(images) if found is None else found(run, images)
 
     def _others(self, model: nn.Module) -> list[nn.Module]:
         """The model and its parts, but these blocks."""

@@ -8,8 +8,10 @@ gives a block what it needs to go on as before: a `Layout`.
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from ..kernels import cpu, merging
 from .tokens import Tokens
 
 
@@ -53,6 +55,8 @@ class SequencePolicy:
 
 def _shared(tokens: Tokens) -> Tensor:
     """(B, K): 1 / size. A row is in at least one place."""
+    if cpu.direct(tokens.size) and tokens.size.dtype == torch.float32:
+        return merging.inverse(tokens.size)
     return 1 / tokens.size
 
 

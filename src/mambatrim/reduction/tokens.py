@@ -88,6 +88,8 @@ class Tokens:
             return self.origin.dest[:, :0]
         if len(ids) == 1:
             return self.origin.dest.narrow(1, ids[0], 1)
+        if cpu.direct(self.origin.dest) and self.origin.dest.is_contiguous():
+            return merging.take_rows(self.origin.dest, torch.tensor(ids).expand(len(self.x), -1))
         # a stack of columns and not an index list, which would be copied to the device in every forward
         return torch.stack([self.origin.dest[:, token] for token in ids], dim=1)
 

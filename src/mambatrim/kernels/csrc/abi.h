@@ -133,6 +133,10 @@ struct RowsArgs {
     int64_t y;                                                 // out (B, S, n, .)
 };
 
+struct InverseArgs {
+    int64_t count, x, y;  // y = 1 / x, fp32
+};
+
 struct NearestArgs {
     int64_t batch, length, columns, sources, targets, threads;
     int64_t x;                     // (B, L, F) fp32, contiguous

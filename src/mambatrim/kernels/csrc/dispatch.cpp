@@ -19,6 +19,7 @@
     extern "C" int packed_size_##isa(const MixersArgs*); \
     extern "C" int pack_mixers_##isa(const MixersArgs*); \
     extern "C" int take_rows_##isa(const RowsArgs*);     \
+    extern "C" int inverse_##isa(const InverseArgs*);    \
     extern "C" int nearest_##isa(const NearestArgs*);    \
     extern "C" int links_##isa(const LinksArgs*);        \
     extern "C" int lift_##isa(const LiftArgs*);          \
@@ -65,7 +66,7 @@ Level level = supported;
 extern "C" int64_t mambatrim_abi() {
     return 1000000 + (int64_t)(sizeof(ScanArgs) + sizeof(ConvArgs) + sizeof(NormArgs) + sizeof(ClusterArgs) + sizeof(ProductArgs) + sizeof(MixerArgs) + sizeof(MixersArgs) +
                                 sizeof(RowsArgs) + sizeof(NearestArgs) + sizeof(LinksArgs) + sizeof(LiftArgs) + sizeof(MergeArgs) + sizeof(RankedArgs) +
-                                sizeof(ClusteredArgs) + sizeof(EmbedArgs));
+                                sizeof(ClusteredArgs) + sizeof(EmbedArgs) + sizeof(InverseArgs));
 }
 
 // 0 generic, 1 AVX2, 2 AVX-512, 3 with products in bf16. `wanted` < 0 asks only; more than the processor has is not taken. For tests and benchmarks.
@@ -113,6 +114,7 @@ DISPATCH(mixers, MixersArgs)
 DISPATCH(packed_size, MixersArgs)
 DISPATCH(pack_mixers, MixersArgs)
 DISPATCH(take_rows, RowsArgs)
+DISPATCH(inverse, InverseArgs)
 DISPATCH(nearest, NearestArgs)
 DISPATCH(links, LinksArgs)
 DISPATCH(lift, LiftArgs)

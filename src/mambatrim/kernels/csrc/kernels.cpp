@@ -97,6 +97,7 @@ EXPORT(pack_mixers)(const MixersArgs* p) {
 }
 EXPORT(agglomerate)(const ClusterArgs* p) { return agglomerate(*p); }
 EXPORT(take_rows)(const RowsArgs* p) { return take_rows(*p); }
+EXPORT(inverse)(const InverseArgs* p) { return inverse(*p); }
 EXPORT(nearest)(const NearestArgs* p) { return nearest(*p); }
 EXPORT(links)(const LinksArgs* p) { return links(*p); }
 EXPORT(lift)(const LiftArgs* p) { return lift(*p); }

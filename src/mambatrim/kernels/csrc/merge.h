@@ -38,6 +38,11 @@ int take_rows(const RowsArgs& p) {
     return failed;
 }
 
+int inverse(const InverseArgs& p) {
+    for (int64_t i = 0; i < p.count; i++) ((float*)p.y)[i] = 1.0f / ((const float*)p.x)[i];
+    return 0;
+}
+
 // ----------------------------------------------------------------------------------------------------- assignments
 
 // Marks n of the tokens of an image with `value` (0 or 1) and the others with its opposite; false where a position is wrong.
