@@ -5,7 +5,9 @@
 scan       one direction, forward: the kernel against other ways to run it; its backward pass against its forward.
 bound      a forward pass against its lower bound: its matrix products alone, by the fastest of two libraries that
            PyTorch ships and our kernel, and the scan's arithmetic at the rate that its kernel reaches in the cache.
-speedup    the model with fewer tokens: measured speed-up as a share of the ideal 1 / (1 - reduction).
+speedup    the model with fewer tokens: measured speed-up as a share of the ideal 1 / (1 - reduction); at one image
+           packed models too.
+packed     models packed for inference against the same as they are; no targets.
 deit       the model with 40 % fewer FLOPs against a plain vision transformer of its size with fused attention.
 step       one reduction (score, sort, match, merge, reorder) as a share of the block before it.
 memory     what a forward adds at its peak, against what its largest operator, the scan, reads and writes.
@@ -23,6 +25,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from functools import cache, partial
+from itertools import product as product_of
 from typing import Any
 
 import torch
@@ -41,6 +44,7 @@ from mambatrim.timing import time_functions
 SCANS = ((8, 197, 768, 16), (1, 197, 384, 16), (8, 197, 1536, 16), (1, 4096, 768, 16))
 SIZES = ("vim_tiny", "vim_small", "vim_base")
 METHODS = ("mtr", "vsm")
+PACKED = ("as it is", "packed")
 
 
 # ---------------------------------------------------------------------------------------------------------------- scan
@@ -168,17 +172,38 @@ def bound(page: Page) -> None:
 def speedup(page: Page) -> None:
     def rows() -> Any:
         for name in SIZES:
-            for batch in (1, 8, 32):
-                setting = Setting(name, batch)
+            for batch, packed in ((1, False), (1, True), (8, False), (32, False)):
+                setting = Setting(name, batch, packed=packed)
                 found = measure(setting, against=False, repeats=MOST, seconds=page.seconds).found
                 target = 0.9 if batch == 1 else 0.95
                 dense, *fewer = found
                 realised = [dense.timing.fastest / one.timing.fastest / (one.ideal or 1) for one in fewer]
                 shares = [ratio(share, target, least=True) for share in realised]
-                yield name, batch, f"{dense.timing.fastest:.2f}", *shares, f"{target:.2f}"
+                yield name, batch, PACKED[packed], f"{dense.timing.fastest:.2f}", *shares, f"{target:.2f}"
 
-    header = ("model", "batch", "dense, ms/image", "-20 %", "-30 %", "-40 %", "at least")
+    header = ("model", "batch", "", "dense, ms/image", "-20 %", "-30 %", "-40 %", "at least")
     page.table("realised share of the ideal speed-up, MTR, fp32", header, rows())
+
+
+def packed(page: Page) -> None:
+    def rows() -> Any:
+        for name, batch, dtype in product_of(("vim_cifar10", *SIZES), (1, 8), ("fp32", "bf16")):
+            if DTYPES[dtype] is torch.bfloat16 and not cpu.multiplies_bf16():
+                continue
+            model = mambatrim.create_model(name, dtype=DTYPES[dtype])
+            images, runs = torch.randn(batch, 3, *model.spec.preprocess.size), {}
+            for label in ("dense", *METHODS):
+                as_it_is = model if label == "dense" else mambatrim.reduce(model, flops_reduction=0.4, method=label)
+                for state, each in zip(PACKED, (as_it_is, mambatrim.pack(as_it_is)), strict=True):
+                    runs[f"{label} {state}"] = partial(each, images)
+            ms = page.times(runs)
+            pairs = [[ms[f"{label} {state}"] / batch for state in PACKED] for label in ("dense", *METHODS)]
+            yield name, dtype, batch, *(cell for one in pairs for cell in (f"{one[1]:.2f}", f"{one[1] / one[0]:.2f}"))
+
+    names = (f"{label} {what}" for label in ("dense", *METHODS) for what in ("ms/image", "share"))
+    page.table(
+        "packed models, and their share of the time of those that are not", ("model", "dtype", "batch", *names), rows()
+    )
 
 
 def deit(page: Page) -> None:
@@ -336,6 +361,7 @@ SECTIONS = {
     "scan": scan,
     "bound": bound,
     "speedup": speedup,
+    "packed": packed,
     "deit": deit,
     "step": step,
     "product": product,

@@ -75,7 +75,7 @@ def test_the_public_names_are_there_and_no_others():
         [
             *("Method", "Reducer", "Schedule", "adapters", "attach", "convert", "count_flops", "create_model"),
             *("evaluate", "features", "from_pretrained", "save_pretrained"),
-            *("list_methods", "list_models", "load_images", "methods", "reduce", "solve", "visualize"),
+            *("list_methods", "list_models", "load_images", "methods", "pack", "reduce", "solve", "visualize"),
         ]
     )
     for name in mambatrim.__all__:

@@ -5,10 +5,10 @@ from typing import TypeVar, cast
 
 from torch import nn
 
-from . import methods
-from .flops import ImageSize, Pyramid, Trunk, refuse_stem, sections, solve
+from . import flops, methods
+from .flops import ImageSize, Pyramid, refuse_stem, sections, solve
 from .models.flat import FlatMamba
-from .models.trunk import PackedTrunk
+from .models.trunk import PackedTrunk, Trunk
 from .reduction import AS_IT_STANDS, SIGNALS, Method, Reducer, Schedule, Section
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -54,7 +54,9 @@ def reduce(
             f"the blocks of {type(model).__name__} take a reduced sequence only as it stands, and method "
             f"{chosen.name!r} wants {chosen.sequence.name!r}; choose another method, or sequence=AS_IT_STANDS"
         )
-    trunk = cast(Trunk | Pyramid, model)
+    if isinstance(getattr(model, "layers", None), PackedTrunk):
+        PackedTrunk.offers(_of_blocks(chosen))
+    trunk = cast(flops.Trunk | Pyramid, model)
     if flops_reduction is not None:
         schedule = solve(trunk, flops_reduction, image_size=image_size, method=chosen)
     parts = sections(trunk, image_size)
@@ -63,7 +65,7 @@ def reduce(
         raise ValueError(f"schedule must be a Schedule for the {depth} blocks of the model, got {schedule!r}")
     if schedule.stem:
         refuse_stem(model)
-        lacking = [name for name in chosen.needs if name in SIGNALS and name != "hidden"]
+        lacking = [name for name in _of_blocks(chosen) if name != "hidden"]
         if lacking:
             raise ValueError(
                 f"patches cannot go before block 0 with method {chosen.name!r}: it needs {lacking[0]!r} of a block, "
@@ -90,10 +92,12 @@ def pack(model: Model) -> Model:
         ValueError: it is none of these, has blocks that were changed or have hooks, or is compiled; or the compiled
             kernels are missing.
     """
-    if not isinstance(model, FlatMamba):
-        raise ValueError(f"pack takes Vim, VideoMamba or Mamba-Reg, before torch.compile; got {type(model).__name__}")
-    if isinstance(model.layers, PackedTrunk):
+    layers = getattr(model, "layers", None)
+    if isinstance(layers, PackedTrunk):
         return model
+    if not isinstance(model, FlatMamba) or not isinstance(layers, Trunk):
+        raise ValueError(f"pack takes Vim, VideoMamba or Mamba-Reg, before torch.compile; got {type(model).__name__}")
+    PackedTrunk.offers(_of_blocks(model.reducer.method))
     packed = _with(model, layers=PackedTrunk(model.blocks()))
     return copy.deepcopy(packed).requires_grad_(False)
 
@@ -119,6 +123,11 @@ def _reducer(method: Method, schedule: Schedule, parts: tuple[Section, ...], spe
 def with_reducer(model: Model, reducer: nn.Module) -> Model:
     """A shallow copy of the model that shares the weights and has another reducer."""
     return _with(model, reducer=reducer)
+
+
+def _of_blocks(method: Method) -> list[str]:
+    """The signals of blocks that a method needs."""
+    return [name for name in method.needs if name in SIGNALS]
 
 
 def _with(model: Model, **parts: nn.Module) -> Model:

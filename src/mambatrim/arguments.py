@@ -93,6 +93,7 @@ def _add_benchmark(commands: Any) -> None:
     )
     bench.add_argument("--method", nargs="+", default=["mtr"], help="what chooses the tokens (mtr)")
     bench.add_argument("--alone", action="store_true", help="without transformers and other scans to compare with")
+    bench.add_argument("--packed", action="store_true", help="pack the models for inference on this processor first")
     bench.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
     bench.add_argument("--threads", type=_at_least_one, metavar="N", help="threads of PyTorch (one per core)")
     bench.add_argument("--repeats", type=_at_least_one, default=11, metavar="N", help="rounds, at most (%(default)s)")

@@ -191,7 +191,8 @@ def _benchmark(options: argparse.Namespace) -> int:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     reductions = [share for share in options.flops_reduction if share > 0]
-    todo = benchmark.settings(options.models, options.batch, options.dtype, options.image_size, options.device)
+    kinds = (options.models, options.batch, options.dtype, options.image_size, options.device, options.packed)
+    todo = benchmark.settings(*kinds)
     print(machine_and_kernels())
     done = []
     for setting in todo:

@@ -37,7 +37,7 @@ def draw(measured: Sequence[Measurement], machine: str) -> Image.Image:
     pen.text((MARGIN, MARGIN + 30), machine, FAINT, _font(13))
     top = MARGIN + 64
     for setting, found in panels:
-        pen.text((MARGIN, top + 4), f"{setting.model}, batch {setting.batch}, {setting.dtype}", INK, _font(16))
+        pen.text((MARGIN, top + 4), str(setting), INK, _font(16))
         _draw_panel(pen, top + 34, found)
         top += 52 + ROW * len(found)
     pen.text((MARGIN, height - MARGIN - 12), LEGEND, FAINT, _font(13))

@@ -17,8 +17,7 @@ memory: that a forward adds at its peak, weights and images not counted."""
 
 def to_text(measured: Measurement) -> str:
     """All tables of one setting under its name."""
-    setting = measured.setting
-    lines = [f"{setting.model}, batch {setting.batch}, {setting.dtype}", models_table(measured.found)]
+    lines = [str(measured.setting), models_table(measured.found)]
     if scans := scans_table(measured.found):
         lines.append(f"\n{scans}")
     if measured.disturbance:

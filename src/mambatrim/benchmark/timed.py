@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..apply import reduce
+from ..apply import pack, reduce
 from ..flops import Trunk, count_flops
 from ..kernels import selective_scan
 from ..models import MODELS, create_model
@@ -30,13 +30,15 @@ MEASURED = ("dense", "reduced", "rival", "scan")
 
 @dataclass(frozen=True)
 class Setting:
-    """One thing to measure: a model of the zoo on a batch. dtype: a name of DTYPES. image_size: None is its own."""
+    """One thing to measure: a model of the zoo on a batch. dtype: a name of DTYPES. image_size: None is its own.
+    packed: whether the models are packed first (`mambatrim.pack`)."""
 
     model: str
     batch: int = 8
     dtype: str = "fp32"
     image_size: int | tuple[int, ...] | None = None
     device: str = "cpu"
+    packed: bool = False
 
     def __post_init__(self) -> None:
         lookup("model", self.model, MODELS)
@@ -47,6 +49,11 @@ class Setting:
             raise ValueError(f"device must be cpu or cuda, not {self.device}")
         if self.device != "cpu" and not torch.cuda.is_available():
             raise ValueError(f"there is no device {self.device}: PyTorch sees no GPU")
+        if self.packed and self.device != "cpu":
+            raise ValueError(f"only models on a CPU can be packed, not on {self.device}")
+
+    def __str__(self) -> str:
+        return f"{self.model}, batch {self.batch}, {self.dtype}{', packed' if self.packed else ''}"
 
 
 @dataclass(frozen=True)
@@ -101,11 +108,17 @@ class _Entrant:
 
 
 def settings(
-    models: Sequence[str], batches: Sequence[int], dtypes: Sequence[str], image_size: int | None, device: str
+    models: Sequence[str],
+    batches: Sequence[int],
+    dtypes: Sequence[str],
+    image_size: int | None,
+    device: str,
+    packed: bool = False,
 ) -> list[Setting]:
     """All combinations, models outermost."""
     return [
-        Setting(model, batch, dtype, image_size, device) for model, dtype, batch in product(models, dtypes, batches)
+        Setting(model, batch, dtype, image_size, device, packed)
+        for model, dtype, batch in product(models, dtypes, batches)
     ]
 
 
@@ -131,6 +144,8 @@ def measure(
     """
     dtype, device = DTYPES[setting.dtype], torch.device(setting.device)
     model = cast(nn.Module, create_model(setting.model, image_size=setting.image_size, dtype=dtype)).to(device)
+    if setting.packed:
+        model = pack(model)
     entrants = [_entrant("dense", "dense", model, setting)]
     for method, share in product(methods, reductions):
         fast = reduce(model, flops_reduction=share, method=method)
@@ -164,6 +179,7 @@ def to_report(measured: Sequence[Measurement]) -> dict[str, Any]:
                 "batch": setting.batch,
                 "dtype": setting.dtype if one.kind != "scan" else "fp32",
                 "device": setting.device,
+                "packed": setting.packed and one.kind in ("dense", "reduced"),
                 "ms": one.timing.median,
                 "fastest_ms": one.timing.fastest,
                 "spread": one.timing.spread,

@@ -270,7 +270,8 @@ class PatchEmbed(nn.Module):
             images = images.narrow(axis + 2, 0, sides[axis] * self.patch[axis])
         images = images.reshape(*images.shape[:2], *(n for pair in zip(sides, self.patch, strict=True) for n in pair))
         order = (0, *(2 + 2 * axis for axis in axes), 1, *(3 + 2 * axis for axis in axes))
-        rows = images.permute(order).reshape(images.shape[0], math.prod(sides), -1)  # (B, M, C patch)
+        # (B, M, C patch)
+        rows = images.permute(order).reshape(images.shape[0], math.prod(sides), weight[0].numel())
         return kernels.linear(rows, weight.flatten(1), bias)
 
 

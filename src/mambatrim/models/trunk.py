@@ -109,11 +109,20 @@ class PackedTrunk(nn.ModuleList):
         self, first: int, end: int, x: Tensor, wanted: Sequence[str], layout: Layout | None
     ) -> tuple[Tensor, Captured]:
         """As the function."""
-        lacking = [name for name in wanted if name not in AT_ONCE]
-        if lacking:
-            raise ValueError(f"packed blocks have no signal {lacking[0]!r}, only {' and '.join(sorted(AT_ONCE))}")
+        if torch.compiler.is_exporting():
+            raise ValueError("a packed model cannot be exported: export the one that it was made from")
+        if x.requires_grad and torch.is_grad_enabled():
+            raise ValueError("a packed model has no gradients: take those of the one that it was made from")
+        self.offers(wanted)
         packed = cast(Tensor, self.packed)[first:end]
         return _seen(wanted, *kernels.mix_packed(x, packed, self.packing, over(layout)))
+
+    @staticmethod
+    def offers(signals: Sequence[str]) -> None:
+        """Raises ValueError where packed blocks do not have all of these."""
+        lacking = [name for name in signals if name not in AT_ONCE]
+        if lacking:
+            raise ValueError(f"packed blocks have no signal {lacking[0]!r}, only {' and '.join(sorted(AT_ONCE))}")
 
     def replay(self, run: Callable[[Tensor], Tensor], images: Tensor, model: nn.Module) -> Tensor:
         """run(images), a method of the model that these blocks are in: what was recorded the first time, where it is

@@ -60,6 +60,10 @@ def _shared(tokens: Tokens) -> Tensor:
     return 1 / tokens.size
 
 
+def _standing(tokens: Tokens) -> None:
+    return None
+
+
 def _stepped(tokens: Tokens) -> Layout:
     return Layout(_shared(tokens), repeats=tokens.size, convolved=tokens.origin.dest)
 
@@ -82,7 +86,7 @@ def _gathered(tokens: Tokens) -> Layout:
 
 
 # as all published methods do: the rows that are left are the sequence
-AS_IT_STANDS = SequencePolicy("as it stands", lambda tokens: None)
+AS_IT_STANDS = SequencePolicy("as it stands", _standing)
 # exact: the convolution and the scan run over all tokens of the stem, each as its group's row
 RUNNING = SequencePolicy("clock running", _running, convolves=True, scans=True)
 # the scan takes all steps of a group in one place, that of its row: exact where groups are contiguous
