@@ -189,10 +189,13 @@ void panel_rows(const ProductArgs& p, int64_t s, const vf* packed, int64_t colum
 template <typename T, typename Y, int V>
 INLINE void panel(const ProductArgs& p, int64_t s, const vf* packed, int64_t column, int64_t first, int64_t end, Soon soon) {
     soon.part = (soon.end - soon.at) / ((end - first + TALL - 1) / TALL) + 64;
-    constexpr int LOW = TALL / 2;  // the last rows
-    const int64_t rest = (end - first) % TALL, full = end - (rest && rest <= LOW ? rest : 0);
+    const int64_t rest = (end - first) % TALL, full = end - rest;
     panel_rows<T, Y, TALL, V>(p, s, packed, column, first, full, soon);
-    panel_rows<T, Y, LOW, V>(p, s, packed, column, full, end, soon);
+    // the last rows, in a tile that is hardly higher
+    if (rest > 6) panel_rows<T, Y, TALL, V>(p, s, packed, column, full, end, soon);
+    else if (rest > 4) panel_rows<T, Y, 6, V>(p, s, packed, column, full, end, soon);
+    else if (rest > 2) panel_rows<T, Y, 4, V>(p, s, packed, column, full, end, soon);
+    else panel_rows<T, Y, 2, V>(p, s, packed, column, full, end, soon);
 }
 
 template <typename T, typename Y>
