@@ -45,8 +45,8 @@ format: venv
 SANITIZED := build/sanitized
 CHECKS := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -O1 -g
 # of every file in csrc/; of test_virtual.py all that calls a kernel and loads no whole model
-KERNEL_TESTS := tests/test_kernels.py tests/test_kernels_robust.py tests/test_merging.py tests/test_mixer.py tests/test_steps.py \
-	tests/test_virtual.py
+KERNEL_TESTS := tests/test_kernels.py tests/test_kernels_robust.py tests/test_merging.py tests/test_mixer.py tests/test_packed.py \
+	tests/test_steps.py tests/test_virtual.py
 PRELOADED = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)
 
 sanitize: $(INSTALLED)

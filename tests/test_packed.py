@@ -18,7 +18,7 @@ from mambatrim import kernels
 from mambatrim.kernels import Over, cpu, embedding, merging, replay
 from mambatrim.models.layers import PatchEmbed
 from mambatrim.models.mamba_reg import MambaReg, MambaRegConfig
-from mambatrim.models.trunk import MOST_REPLAYS
+from mambatrim.models.packed import MOST_REPLAYS
 from mambatrim.models.videomamba import VideoMamba, VideoMambaConfig
 from mambatrim.models.vim import Vim, VimConfig
 from test_kernels import BUILT
@@ -254,7 +254,7 @@ def test_what_cannot_be_packed_is_said(model):
 
 
 def recordings(packed) -> list[replay.Replay | None]:
-    return [found for found, _ in packed.layers._replays.values()]
+    return [known.replay for known in packed.layers._replays.values()]
 
 
 @pytest.mark.parametrize("kind", ["vim", "mamba_reg", "videomamba"])

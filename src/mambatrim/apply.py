@@ -8,7 +8,8 @@ from torch import nn
 from . import flops, methods
 from .flops import ImageSize, Pyramid, refuse_stem, sections, solve
 from .models.flat import FlatMamba
-from .models.trunk import PackedTrunk, Trunk
+from .models.packed import PackedTrunk
+from .models.trunk import Trunk
 from .reduction import AS_IT_STANDS, SIGNALS, Method, Reducer, Schedule, Section
 
 Model = TypeVar("Model", bound=nn.Module)

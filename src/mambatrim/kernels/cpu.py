@@ -132,7 +132,7 @@ def compiling(*tensors: Tensor) -> bool:
     return not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
 
 
-def record(calls: list[Call] | None) -> None:
+def watch(calls: list[Call] | None) -> None:
     """From now on append this thread's calls to a list, and let a dispatch mode see what PyTorch does between them;
     None: no longer."""
     _LOCAL.calls = calls

@@ -44,11 +44,11 @@ class Recorder(TorchDispatchMode):
 
     def __enter__(self) -> Recorder:
         super().__enter__()
-        cpu.record(self.calls)
+        cpu.watch(self.calls)
         return self
 
     def __exit__(self, *error: Any) -> None:
-        cpu.record(None)
+        cpu.watch(None)
         super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar, Self, cast
 
 import torch
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 
 from ..reduction import STEM, Cost, Reducer, Tokens
 from .layers import BiMambaMixer, Block, PatchEmbed, RMSNorm, join_rows, linear, resize_positions, split_rows
+from .packed import PackedTrunk
 from .spec import ModelSpec
-from .trunk import PackedTrunk, Trunk, through, whole
+from .trunk import Trunk, through, whole
 
 ImageSize = int | tuple[int, ...] | None
 
@@ -232,10 +234,11 @@ class FlatMamba(nn.Module):
         tokens = self.reducer(STEM, tokens, {"hidden": tokens.x})
         layout = self.reducer.layout(tokens)
         start, depth = 0, self.depth
+        run = self.layers.through if isinstance(self.layers, PackedTrunk) else partial(through, self.layers)
         for i in range(depth):
             if not (self.reducer.acts(i) or i in layers or i + 1 == depth):
                 continue
-            x, captured = through(self.layers, start, i + 1, tokens.x, self.reducer.needs(i), layout)
+            x, captured = run(start, i + 1, tokens.x, self.reducer.needs(i), layout)
             left, start = tokens.with_x(x), i + 1
             if i in layers:
                 seen.append(left)

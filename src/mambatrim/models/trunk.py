@@ -9,9 +9,7 @@ give it other weights, as `torch.func.functional_call` does, of which only the c
 
 from __future__ import annotations
 
-import copy
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from types import CodeType
 from typing import Any, TypeVar, cast
@@ -22,9 +20,8 @@ from torch import Tensor, nn
 from .. import kernels
 from ..kernels import cpu
 from ..kernels.library import register
-from ..kernels.replay import Replay, record
 from ..reduction import Layout
-from .layers import AT_ONCE, DIRECTIONS, BiMambaMixer, Block, Captured, RMSNorm, over, untouched, watched
+from .layers import AT_ONCE, DIRECTIONS, BiMambaMixer, Block, Captured, RMSNorm, over, untouched
 
 try:
     from torch._library.opaque_object import get_opaque_type_name, register_opaque_type
@@ -35,7 +32,6 @@ else:
     OPAQUE = True
 
 
-MOST_REPLAYS = 4  # of one model
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -68,101 +64,6 @@ class Trunk(nn.ModuleList):
         self.handle = Handle(self)
 
 
-class PackedBlock(Block):
-    """Stands for a block whose weights are packed with those of the others; knows sizes and cost."""
-
-    def __init__(self, block: Block) -> None:
-        nn.Module.__init__(self)
-        # no part of the module: there are no weights, and nothing that could be watched
-        self.__dict__["mixer"] = copy.deepcopy(block.mixer).to("meta")
-
-    def forward(self, *_: Any) -> Any:
-        raise ValueError("packed blocks run with their model only")
-
-    def register_forward_hook(self, *_: Any, **__: Any) -> Any:
-        """Raises ValueError."""
-        raise ValueError("packed blocks take no hooks: they run as one kernel; watch the model that was packed")
-
-    register_forward_pre_hook = register_forward_hook
-
-
-class PackedTrunk(nn.ModuleList):
-    """The blocks of a model packed for inference on this processor (kernels/packed.py).
-
-    Raises:
-        ValueError: a block has hooks or is none of ours, or no kernel takes it.
-    """
-
-    def __init__(self, blocks: Sequence[Block]) -> None:
-        if not all(map(_plain, blocks)):
-            raise ValueError("blocks with hooks, and blocks that were changed or replaced, cannot be packed")
-        with torch.no_grad():
-            packed, self.packing = kernels.pack(_mixers(blocks))
-        super().__init__(map(PackedBlock, blocks))
-        self.register_buffer("packed", packed, persistent=False)
-        self._replays: OrderedDict[tuple[Any, ...], tuple[Replay | None, Any]] = OrderedDict()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_replays": OrderedDict()}
-
-    def through(
-        self, first: int, end: int, x: Tensor, wanted: Sequence[str], layout: Layout | None
-    ) -> tuple[Tensor, Captured]:
-        """As the function."""
-        if torch.compiler.is_exporting():
-            raise ValueError("a packed model cannot be exported: export the one that it was made from")
-        if x.requires_grad and torch.is_grad_enabled():
-            raise ValueError("a packed model has no gradients: take those of the one that it was made from")
-        self.offers(wanted)
-        packed = cast(Tensor, self.packed)[first:end]
-        return _seen(wanted, *kernels.mix_packed(x, packed, self.packing, over(layout)))
-
-    @staticmethod
-    def offers(signals: Sequence[str]) -> None:
-        """Raises ValueError where packed blocks do not have all of these."""
-        lacking = [name for name in signals if name not in AT_ONCE]
-        if lacking:
-            raise ValueError(f"packed blocks have no signal {lacking[0]!r}, only {' and '.join(sorted(AT_ONCE))}")
-
-    def replay(self, run: Callable[[Tensor], Tensor], images: Tensor, model: nn.Module) -> Tensor:
-        """run(images), a method of the model that these blocks are in: what was recorded the first time, where it is
-        all kernels."""
-        if not (cpu.direct(images) and images.is_contiguous() and images.numel()) or torch.is_autocast_enabled("cpu"):
-            return run(images)
-        parts = self._others(model)
-        if any(map(watched, parts[1:])):
-            return run(images)
-        weights = [
-            one for part in parts for one in (*part._parameters.values(), *part._buffers.values()) if one is not None
-        ]
-        key = (
-            *(images.shape, images.dtype, torch.get_num_threads(), cpu.level(), torch.is_inference_mode_enabled()),
-            *(*map(id, parts), *(one.data_ptr() for one in weights), *map(_version, weights)),
-        )
-        if key not in self._replays:
-            result, made = record(run, images, [*weights, cast(Tensor, self.packed)])
-            # what the key names lives as long as the key
-            self._replays[key] = made, (parts, [one.detach() for one in weights])
-            while len(self._replays) > MOST_REPLAYS:
-                self._replays.popitem(last=False)
-            return result
-        found, _ = self._replays[key]
-        return run(images) if found is None else found(run, images)
-
-    def _others(self, model: nn.Module) -> list[nn.Module]:
-        """The model and its parts, but these blocks."""
-        found = [model]
-        for part in found:
-            found += [one for one in part._modules.values() if one is not None and one is not self]
-        return found
-
-    def _save_to_state_dict(self, *_: Any) -> None:
-        raise ValueError("a packed model has no weights to save: save the one that it was made from")
-
-    def _load_from_state_dict(self, *_: Any) -> None:
-        raise ValueError("a packed model takes no weights: load them before it is packed")
-
-
 def through(
     layers: nn.ModuleList, first: int, end: int, x: Tensor, wanted: Sequence[str] = (), layout: Layout | None = None
 ) -> tuple[Tensor, Captured]:
@@ -170,19 +71,17 @@ def through(
 
     Blocks that nobody watches or changed can run as one kernel: otherwise each is called as the module that it is.
     """
-    if isinstance(layers, PackedTrunk):
-        return layers.through(first, end, x, wanted, layout)
     if isinstance(layers, Trunk) and _opaque(x) and AT_ONCE.issuperset(wanted):
         means = "dt_mean" in wanted
-        return _seen(wanted, *torch.ops.mambatrim.blocks(x, layers.handle, first, end, means, *_flat(layout)))
+        return seen_of(wanted, *torch.ops.mambatrim.blocks(x, layers.handle, first, end, means, *_flat(layout)))
     return _run(_between(layers, first, end), x, wanted, layout, kernels.mix)
 
 
 def _run(
     blocks: list[Block], x: Tensor, wanted: Sequence[str], layout: Layout | None, mix: Callable[..., Any]
 ) -> tuple[Tensor, Captured]:
-    if AT_ONCE.issuperset(wanted) and all(map(_plain, blocks)):
-        return _seen(wanted, *mix(x, _mixers(blocks), over(layout)))
+    if AT_ONCE.issuperset(wanted) and all(map(plain, blocks)):
+        return seen_of(wanted, *mix(x, mixers_of(blocks), over(layout)))
     captured: Captured = {}
     for block in blocks:
         x, captured = block(x, wanted if block is blocks[-1] else (), layout)
@@ -193,20 +92,16 @@ def _between(layers: nn.ModuleList, first: int, end: int) -> list[Block]:
     return cast(list[Block], list(layers)[first:end])
 
 
-def _version(x: Tensor) -> int:
-    return 0 if x.is_inference() else x._version
-
-
-def _mixers(blocks: Sequence[Block]) -> list[kernels.Mixer]:
+def mixers_of(blocks: Sequence[Block]) -> list[kernels.Mixer]:
     parts: Iterable[dict[str, Any]] = (block._modules for block in blocks)
     return [part["mixer"].parameters_with(part["norm"]) for part in parts]
 
 
-def _seen(wanted: Sequence[str], x: Tensor, dt_mean: Tensor) -> tuple[Tensor, Captured]:
+def seen_of(wanted: Sequence[str], x: Tensor, dt_mean: Tensor) -> tuple[Tensor, Captured]:
     return x, {name: value for name, value in (("dt_mean", dt_mean), ("hidden", x)) if name in wanted}
 
 
-def _plain(block: Block) -> bool:
+def plain(block: Block) -> bool:
     """Whether a block and its parts are what they were made as, with no hooks of anybody."""
     parts: dict[str, Any] = block._modules
     return untouched(block, Block) and untouched(parts["mixer"], BiMambaMixer) and untouched(parts["norm"], RMSNorm)
