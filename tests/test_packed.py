@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import mambatrim
 from mambatrim import kernels
 from mambatrim.kernels import Over, cpu, embedding, merging, replay
-from mambatrim.models.layers import PatchEmbed
+from mambatrim.models.layers import PatchEmbed, cast
 from mambatrim.models.mamba_reg import MambaReg, MambaRegConfig
 from mambatrim.models.packed import MOST_REPLAYS
 from mambatrim.models.videomamba import VideoMamba, VideoMambaConfig
@@ -442,6 +442,51 @@ def test_the_stem_as_a_kernel_gives_the_same_bits(level, batch, channels, grid, 
             assert torch.equal(found, stem.sequence(x, own, at, table))
     finally:
         cpu.level(best)
+
+
+def test_in_bf16_the_stem_and_the_classifier_round_less(monkeypatch):
+    monkeypatch.setattr(cpu, "multiplies_bf16", lambda: True)
+    exact = random_model("mamba_reg")
+    model, x = random_model("mamba_reg"), images()
+    cast(model, torch.bfloat16)
+    for wide, narrow in zip(exact.parameters(), model.parameters(), strict=True):
+        wide.copy_(narrow)
+    wanted = exact.embed(x).x
+    error = (model.embed(x).x - wanted).square().mean()
+    packed = mambatrim.pack(model)
+    for seed in range(3):
+        assert torch.equal(packed(images(seed=seed)), model(images(seed=seed)))
+    assert [found is not None and found._right for found in recordings(packed)] == [True]
+    logits = (model(x) - exact(x)).square().mean()
+    monkeypatch.setattr(embedding, "takes", lambda *_: False)
+    assert 0 < error < (model.embed(x).x - wanted).square().mean()
+    assert logits < 1e-3 * exact(x).square().mean()
+
+
+def test_the_stem_is_an_operator_of_a_compiled_model(model):
+    graphs = []
+
+    def see(graph, inputs):
+        graphs.append(graph.graph)
+        return graph
+
+    torch.compiler.reset()
+    found = torch.compile(model, backend=see, fullgraph=True)(images())
+    torch.compiler.reset()
+    (graph,) = graphs
+    assert sum(node.target is torch.ops.mambatrim.embed for node in graph.nodes) == 1
+    assert torch.equal(found, model(images()))
+    with FlopCounterMode(display=False) as counted:
+        model(images())
+    with FlopCounterMode(display=False) as compiled:
+        torch.ops.mambatrim.embed(
+            images(), model.patch_embed.proj.weight, model.patch_embed.proj.bias, model.cls_token, [32], model.pos_embed
+        )
+    assert (
+        counted.get_flop_counts()["Vim"][torch.ops.mambatrim.linear]
+        > compiled.get_total_flops()
+        == 2 * 2 * 64 * 48 * 32
+    )
 
 
 def test_the_stem_runs_its_hooks_and_has_gradients(model):

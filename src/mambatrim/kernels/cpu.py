@@ -23,7 +23,7 @@ LEVELS = ("generic", "avx2", "avx512", "avx512_bf16")
 # the records of csrc/abi.h, in 8-byte fields: head, one direction
 SCAN, SCAN_DIRECTION = "<23qd", "<27q"
 CONV, CONV_DIRECTION = "<18q", "<5q"
-NORM, PRODUCT, EMBED = "<10qd", "<16q", "<18q"
+NORM, PRODUCT, EMBED = "<10qd", "<16q", "<19q"
 MIXER, MIXERS = f"<23q2d{4 + 7 * MAX_DIRECTIONS}q", "<3q"
 # of the step between two blocks
 ROWS, INVERSE, NEAREST, LINKS, LIFT, MERGE = "<11q", "<3q", "<13q", "<9q", "<12q", "<17q"
@@ -101,6 +101,7 @@ def compiled() -> bool:
     return _load()[0] is not None
 
 
+@torch.compiler.assume_constant_result
 def multiplies_bf16() -> bool:
     """Whether products of bf16 are best made by the compiled kernels, and not by a matrix library."""
     library, _ = _load()

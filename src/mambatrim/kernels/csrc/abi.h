@@ -81,9 +81,9 @@ struct ProductArgs {
 struct EmbedArgs {
     int64_t batch, channels, frames, height, width;      // of the images, multiples of the patch; one frame in a picture
     int64_t patch_frames, patch_height, patch_width;
-    int64_t length, columns, special, threads;           // L0, D, n
-    int64_t images, weight, bias;                        // (B, C, T, H, W), (D, C patch), (D); all fp32, contiguous
-    int64_t special_rows, positions, y;                  // (n, D), (L0, D), out (B, L0, D)
+    int64_t length, columns, special, bfloat16, threads;  // L0, D, n
+    int64_t images, weight, bias;                        // (B, C, T, H, W) fp32, (D, C patch) T, (D) T; contiguous
+    int64_t special_rows, positions, y;                  // (n, D) T, (L0, D) T, out (B, L0, D) fp32
 };
 
 struct MixerDirection {

@@ -62,7 +62,10 @@ EXPORT(norm_backward)(const NormArgs* p) {
 EXPORT(product)(const ProductArgs* p) {
     return p->bfloat16 ? product<bf16, float>(*p) : product<float, float>(*p);
 }
-EXPORT(embed)(const EmbedArgs* p) { return embed(*p, (const int64_t*)(p + 1)); }
+EXPORT(embed)(const EmbedArgs* p) {
+    const int64_t* at = (const int64_t*)(p + 1);
+    return p->bfloat16 ? embed<bf16>(*p, at) : embed<float>(*p, at);
+}
 static int one_mixer(const MixerArgs* p) {
     if (p->bfloat16) BY_STATES(mixer, bf16)
     BY_STATES(mixer, float)
