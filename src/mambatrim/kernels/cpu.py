@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .library import MAX_DIRECTIONS
 
@@ -118,7 +117,8 @@ def direct(*tensors: Tensor) -> bool:
     """Whether the compiled kernels may be called on these tensors past the dispatcher, which costs more than a small
     kernel: compiled, on a CPU, nothing recorded or transformed, no gradient wanted."""
     recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    recorded = recorded or (is_in_torch_dispatch_mode() and _calls() is None)
+    # of this thread: `is_in_torch_dispatch_mode` tells of all of them
+    recorded = recorded or (torch._C._len_torch_dispatch_stack() > 0 and _calls() is None)
     if recorded or forward_ad._current_level >= 0 or peek_interpreter_stack() is not None or not compiled():
         return False
     grad = torch.is_grad_enabled()

@@ -56,7 +56,7 @@ def pack(mixers: Sequence[mixer.Mixer]) -> tuple[Tensor, Packing]:
         _record(packing, nothing, mixer.NOWHERE[:3], mixer.NOWHERE, pointers[k : k + step])
         for k in range(0, len(pointers), step)
     ]
-    size = cpu.ask("packed_size", mixer.COUNT(1, cpu.UNPACKED, 0) + parts[0])
+    size = ALIGNMENT * cpu.ask("packed_size", mixer.COUNT(1, cpu.UNPACKED, 0) + parts[0])
     packed = torch.zeros(len(mixers), size, dtype=torch.uint8)
     cpu.call("pack_mixers", mixer.COUNT(len(mixers), packed.data_ptr(), 0) + b"".join(parts))
     return packed, packing

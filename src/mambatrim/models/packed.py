@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
@@ -18,6 +19,8 @@ from .layers import AT_ONCE, Block, Captured, over, watched
 from .trunk import mixers_of, plain, seen_of
 
 MOST_REPLAYS = 4  # of one model
+# PyTorch's dispatch modes leave a flag of the process behind that is wrong where two threads enter one at a time
+_RECORDING = threading.Lock()
 
 
 class _Known(NamedTuple):
@@ -102,7 +105,12 @@ class PackedTrunk(nn.ModuleList):
         known = self._replays.get(key)
         if known is not None:
             return run(images) if known.replay is None else known.replay(run, images)
-        result, replay = record(run, images, [*weights, cast(Tensor, self.packed)])
+        if not _RECORDING.acquire(blocking=False):
+            return run(images)
+        try:
+            result, replay = record(run, images, [*weights, cast(Tensor, self.packed)])
+        finally:
+            _RECORDING.release()
         while len(self._replays) >= MOST_REPLAYS:
             self._replays.popitem(last=False)
         self._replays[key] = _Known(replay, parts, [one.detach() for one in weights])

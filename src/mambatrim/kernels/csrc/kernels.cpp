@@ -87,8 +87,8 @@ EXPORT(mixers)(const MixersArgs* p) {
     }
     return failed;
 }
-EXPORT(packed_size)(const MixersArgs* p) {  // in bytes, of one mixer
-    return (int)(packed_size(*(const MixerArgs*)(p + 1)) * (int64_t)sizeof(vf));
+EXPORT(packed_size)(const MixersArgs* p) {  // in 64 bytes, of one mixer
+    return (int)(packed_size(*(const MixerArgs*)(p + 1)) * (int64_t)sizeof(vf) / 64);
 }
 EXPORT(pack_mixers)(const MixersArgs* p) {
     int failed = 0;

@@ -108,11 +108,11 @@ struct Mixer {
             to.u_batch = p.length * p.channels, to.u_token = p.channels;
             to.dt_batch = to.b_batch = to.c_batch = p.length * proj, to.dt_token = to.b_token = to.c_token = proj;
         }
-        if (p.packed) packed((vf*)p.packed);
+        if (p.packed) read_at((const vf*)p.packed);
     }
 
     // All parameters at `at` instead.
-    void packed(vf* at) {
+    void read_at(const vf* at) {
         const Places<T> places(p);
         norm.weight = (int64_t)(at + places.norm), in.packed = (int64_t)(at + places.in), conv.packed = (int64_t)(at + places.conv);
         narrow.packed = (int64_t)(at + places.narrow), scan.packed = (int64_t)(at + places.scan), out.packed = (int64_t)(at + places.out);
