@@ -77,8 +77,8 @@ def reduce(
 
 
 def pack(model: Model) -> Model:
-    """Return a copy of the model for inference on this processor, its blocks packed: at one image Vim-T takes about an
-    eighth less time with all tokens and a fifth less at -40 % (docs/benchmarks.md).
+    """Return a copy of the model for inference on this processor, its blocks packed: at one image Vim-T takes about a
+    tenth less time with all tokens and a fifth less at -40 % (docs/benchmarks.md).
 
     The copy does not follow the model: its weights are those of now, those of the blocks in a form of their own that
     cannot be trained or saved, and blocks have no signals but "dt_mean" and "hidden". `reduce` takes it as it takes the
