@@ -16,6 +16,7 @@ import mambatrim
 from mambatrim import benchmark, timing
 from mambatrim.benchmark import chart, rivals, timed
 from mambatrim.cli import main
+from mambatrim.kernels import cpu
 
 SMALL = benchmark.Setting("vim_cifar10", batch=2)
 
@@ -211,12 +212,22 @@ def test_the_command_prints_writes_and_draws(tmp_path: Path, capsys):
         (("--seconds", "-1"), "above 0"),
         (("--json", "/no/such/folder/b.json"), "no folder that one may write to"),
         (("--plot", "b.txt"), "must end as a picture does"),
+        (("local_vim_tiny", "--packed"), "pack takes Vim, VideoMamba or Mamba-Reg"),
     ],
 )
 def test_a_wrong_word_gets_one_sentence(words, sentence, capsys):
     assert main(["benchmark", *words]) == 2
     error = capsys.readouterr().err
     assert sentence in error and len(error.splitlines()) == 1
+
+
+@pytest.mark.skipif(not cpu.compiled(), reason="the kernels were not compiled")
+def test_packed_models(tmp_path: Path, capsys):
+    words = ["vim_cifar10", "--batch", "1", "--flops-reduction", "0.4", "--repeats", "1", "--packed"]
+    assert main(["benchmark", *words, "--json", str(tmp_path / "packed.json")]) == 0
+    assert "vim_cifar10, batch 1, fp32, packed" in capsys.readouterr().out
+    results = json.loads((tmp_path / "packed.json").read_text())["results"]
+    assert [one["figures"]["packed"] for one in results[:3]] == [True, True, False]  # transformers cannot be packed
 
 
 def test_a_gpu_that_is_not_there(capsys):

@@ -279,11 +279,14 @@ def test_an_interrupt_ends_with_130(monkeypatch: pytest.MonkeyPatch, capsys: Cap
 
 @pytest.mark.skipif(os.name != "posix", reason="only there does the command start itself once more")
 def test_the_command_does_not_spin_beside_other_processes(photo: str, tmp_path: Path) -> None:
-    program = "import os; from mambatrim.cli import main; main(); print(os.environ['OMP_WAIT_POLICY'])"
-    (tmp_path / "mambatrim").write_text(program)
-    for given, wanted in ((None, "passive"), ("active", "active")):
-        environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-        environment |= {} if given is None else {"OMP_WAIT_POLICY": given}
+    program = (
+        "import os; from mambatrim.cli import main; main(); print({k: os.environ[k] for k in NAMES if k in os.environ})"
+    )
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    (tmp_path / "mambatrim").write_text(program.replace("NAMES", str(names)))
+    for given in ({}, {"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "7"}):
+        environment = {name: value for name, value in os.environ.items() if name not in names} | given
+        wanted = str(given or cli.WAITING)
         command = [sys.executable, str(tmp_path / "mambatrim"), "classify", photo, "--top", "1"]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=True)
         assert done.stdout.splitlines()[-1] == wanted

@@ -300,15 +300,21 @@ def _counter() -> Iterator[Callable[[str], None]]:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
+# how threads wait: for microseconds in a loop and then asleep, which only libgomp has
+WAITING = {"GOMP_SPINCOUNT": "1000"} if sys.platform == "linux" else {"OMP_WAIT_POLICY": "passive"}
+
+
 def _settle(restart: bool) -> None:
     """Make the process a good citizen of its machine and its terminal."""
     for stream in (sys.stdout, sys.stderr):
         # file names and arrows that the terminal has no letters for are no reason to fail
         getattr(stream, "reconfigure", lambda errors: None)(errors="backslashreplace")
-    # Threads of libgomp spin while they wait for each other. Beside another busy process that makes a forward several
-    # times slower, up to a hundred times (measured), and this command may run anywhere. The variable is read when torch
-    # is loaded, which the package has done by now: so the process starts itself once more.
+    # Threads of libgomp spin while they wait for each other, for milliseconds. Beside another busy process that makes a
+    # forward several times slower, up to a hundred times (measured), and this command may run anywhere. Threads that do
+    # not spin at all lose half as much again at one image of a narrow model, which has more than a hundred short waits.
+    # The variable is read when torch is loaded, which the package has done by now: the process starts itself once more.
     mine = Path(sys.argv[0]).name in ("mambatrim", "__main__.py")
-    if restart and mine and os.name == "posix" and "OMP_WAIT_POLICY" not in os.environ and sys.executable:
-        os.environ["OMP_WAIT_POLICY"] = "passive"
+    unset = {"OMP_WAIT_POLICY", *WAITING}.isdisjoint(os.environ)
+    if restart and mine and unset and os.name == "posix" and sys.executable:
+        os.environ.update(WAITING)
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
