@@ -99,8 +99,10 @@ def pack(model: Model) -> Model:
     if not isinstance(model, FlatMamba) or not isinstance(layers, Trunk):
         raise ValueError(f"pack takes Vim, VideoMamba or Mamba-Reg, before torch.compile; got {type(model).__name__}")
     PackedTrunk.offers(_of_blocks(model.reducer.method))
-    packed = _with(model, layers=PackedTrunk(model.blocks()))
-    return copy.deepcopy(packed).requires_grad_(False)
+    packed = PackedTrunk(model.blocks())
+    # the weights of the blocks are not copied once more
+    others = copy.deepcopy(_with(model, layers=nn.ModuleList())).requires_grad_(False)
+    return _with(others, layers=packed)
 
 
 def _reducer(method: Method, schedule: Schedule, parts: tuple[Section, ...], special: tuple[int, ...]) -> Reducer:

@@ -36,23 +36,9 @@ UNPACKED = 0
 def _abi() -> int:
     scan = struct.calcsize(SCAN) + MAX_DIRECTIONS * struct.calcsize(SCAN_DIRECTION)
     conv = struct.calcsize(CONV) + MAX_DIRECTIONS * struct.calcsize(CONV_DIRECTION)
-    others = (
-        NORM,
-        MIXER,
-        MIXERS,
-        PRODUCT,
-        CLUSTER,
-        ROWS,
-        NEAREST,
-        LINKS,
-        LIFT,
-        MERGE,
-        RANKED,
-        CLUSTERED,
-        EMBED,
-        INVERSE,
-    )
-    return 1000000 + scan + conv + sum(map(struct.calcsize, others))
+    of_a_block = (NORM, PRODUCT, EMBED, MIXER, MIXERS)
+    of_a_step = (CLUSTER, ROWS, INVERSE, NEAREST, LINKS, LIFT, MERGE, RANKED, CLUSTERED)
+    return 1000000 + scan + conv + sum(map(struct.calcsize, of_a_block + of_a_step))
 
 
 @cache

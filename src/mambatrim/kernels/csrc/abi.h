@@ -79,7 +79,7 @@ struct ProductArgs {
 
 // Behind the record follow the ascending places of the special tokens.
 struct EmbedArgs {
-    int64_t batch, channels, frames, height, width;      // of the images, multiples of the patch; one frame in a picture
+    int64_t batch, channels, frames, height, width;      // of the images, cut from the first corner on; one frame in a picture
     int64_t patch_frames, patch_height, patch_width;
     int64_t length, columns, special, bfloat16, threads;  // L0, D, n
     int64_t images, weight, bias;                        // (B, C, T, H, W) fp32, (D, C patch) T, (D) T; contiguous
